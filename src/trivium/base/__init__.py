@@ -1,0 +1,1 @@
+"""Errors, configuration, units and log: what every floor above needs and nothing else."""
