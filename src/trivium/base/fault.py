@@ -1,8 +1,8 @@
 """Named points at which a test can make a process fail, armed by ``TRIVIUM_FAULT`` and a no-op without it.
 
 ``TRIVIUM_FAULT="point:rank:step:action"``, several parted by commas; ``*`` for any rank or step. Actions: ``exc``
-raises, ``kill9`` and ``stop`` signal the process, ``delay=ms`` sleeps, ``eio`` and ``enospc`` raise that OSError, ``short`` and
-``flip`` are returned for the caller to write less or one wrong bit.
+raises, ``kill9`` and ``stop`` signal the process, ``delay=ms`` sleeps, ``eio`` and ``enospc`` raise that OSError,
+``short`` and ``flip`` are returned for the caller to write less or one wrong bit.
 """
 
 from __future__ import annotations
