@@ -1,0 +1,399 @@
+"""Worlds of real processes for tests: long-lived gloo ranks that run case after case, and fresh ones under torchrun.
+
+A case is an importable function whose first argument is the rank's mesh::
+
+    # tests/zero/cases.py
+    def total(mesh, number):
+        return mesh.comm("dp").all_reduce_ints([number * mesh.rank])
+
+    # tests/zero/test_total.py
+    def test_total(world):
+        assert world(2).run("tests.zero.cases", "total", 3) == [[3], [3]]
+
+Each rank runs with one thread, warnings as errors and seed 0. A case that fails or exceeds its time on any rank fails
+the test with the culprit's traceback first and every rank's words; its world is then thrown away, and the next test
+gets a new one. No process outlives the test session.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import importlib
+import os
+import pickle
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+START_S = 120.0
+GRACE_S = 2.0
+_TAIL_LINES = 60
+_PR_SET_PDEATHSIG = 1
+
+
+class WorldFailure(AssertionError):
+    """A case failed on some rank; the text holds the culprit's traceback, then the others'."""
+
+
+class World:
+    """``size`` long-lived ranks. Get one from the fixture ``world``, not from here."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._folder = tempfile.TemporaryDirectory(prefix=f"trivium-world-{size}-")
+        self._logs = [Path(self._folder.name) / f"rank-{rank}.log" for rank in range(size)]
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._pipes: list[Connection] = []
+        port = free_port()
+        for rank in range(size):
+            self._start(rank, port)
+        self._collect("starting", START_S)
+
+    @property
+    def alive(self) -> bool:
+        return bool(self._processes) and all(process.poll() is None for process in self._processes)
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
+    def run(
+        self,
+        case: str | Callable[..., Any],
+        function: str | None = None,
+        *arguments: Any,
+        timeout: float = 60.0,
+        discard: bool = False,
+        **keywords: Any,
+    ) -> list[Any]:
+        """Run ``function`` of the module ``case`` (or the function ``case`` itself) on every rank; results by rank.
+
+        ``discard`` throws the world away afterwards, for a case that leaves it broken on purpose.
+        """
+        if callable(case):
+            arguments = arguments if function is None else (function, *arguments)
+            case, function = case.__module__, case.__qualname__
+        offsets = [log.stat().st_size for log in self._logs]
+        request = pickle.dumps((case, function, arguments, keywords))
+        for pipe in self._pipes:
+            pipe.send_bytes(request)
+        try:
+            return self._collect(f"{case}.{function}", timeout, offsets)
+        finally:
+            if discard:
+                self.close()
+
+    def close(self) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+        for process in self._processes:
+            process.wait()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+        self._folder.cleanup()
+
+    def _start(self, rank: int, port: int) -> None:
+        ours, theirs = Pipe()
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(self.size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
+            "PYTHONUNBUFFERED": "1",
+        }
+        with self._logs[rank].open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.worlds", str(theirs.fileno()), str(os.getpid())],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        theirs.close()
+        self._processes.append(process)
+        self._pipes.append(ours)
+
+    def _collect(self, what: str, timeout: float, offsets: Sequence[int] | None = None) -> list[Any]:
+        """One answer per rank, or a failure that tells all that is known."""
+        answers: dict[int, tuple[str, float, Any]] = {}
+        deadline = time.monotonic() + timeout
+        while len(answers) < self.size:
+            pending = [pipe for rank, pipe in enumerate(self._pipes) if rank not in answers]
+            ready = wait(pending, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for pipe in ready:
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                answers[rank] = self._receive(rank)
+                if answers[rank][0] != "ok":
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        if len(answers) == self.size and all(kind == "ok" for kind, _, _ in answers.values()):
+            return [answers[rank][2] for rank in range(self.size)]
+        if answers and all(kind == "skip" for kind, _, _ in answers.values()) and len(answers) == self.size:
+            pytest.skip(answers[0][2])
+        text = self._report(what, timeout, answers, offsets or [0] * self.size)
+        self.close()
+        raise WorldFailure(text)
+
+    def _receive(self, rank: int) -> tuple[str, float, Any]:
+        try:
+            answer: tuple[str, float, Any] = pickle.loads(self._pipes[rank].recv_bytes())
+        except (EOFError, OSError):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._processes[rank].wait(timeout=GRACE_S)
+            return "died", time.monotonic(), f"the process ended, exit code {self._processes[rank].poll()}\n"
+        return answer
+
+    def _report(
+        self, what: str, timeout: float, answers: Mapping[int, tuple[str, float, Any]], offsets: Sequence[int]
+    ) -> str:
+        silent = [rank for rank in range(self.size) if rank not in answers]
+        for rank in silent:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._processes[rank].pid, signal.SIGUSR1)
+        if silent:
+            time.sleep(0.3)
+        failed = sorted((kind != "died", at, rank) for rank, (kind, at, _) in answers.items() if kind != "ok")
+        lines = [f"{what} on {self.size} ranks"]
+        for place, (_, _, rank) in enumerate(failed):
+            kind, _, text = answers[rank]
+            lines.append(
+                f"--- rank {rank}: {'first' if place == 0 else 'afterwards, perhaps a consequence'} ({kind})\n{text}"
+            )
+        if silent:
+            reason = (
+                f"no answer within {timeout:g} s" if not failed else f"no answer {GRACE_S:g} s after the first failure"
+            )
+            lines.append(f"--- ranks {', '.join(map(str, silent))}: {reason}; their stacks are in their words below")
+        for rank, log in enumerate(self._logs):
+            with log.open("rb") as file:
+                file.seek(offsets[rank])
+                words = file.read().decode(errors="replace").strip().split("\n")
+            if words != [""]:
+                lines.append(f"--- words of rank {rank}\n" + "\n".join(words[-_TAIL_LINES:]))
+        return "\n".join(lines)
+
+
+class Worlds:
+    """One world per size, started when first asked for and again after it was lost: the fixture ``world``."""
+
+    def __init__(self) -> None:
+        self._worlds: dict[int, World] = {}
+
+    def __call__(self, size: int) -> World:
+        known = self._worlds.get(size)
+        if known is None or not known.alive:
+            if known is not None:
+                known.close()
+            self._worlds[size] = known = World(size)
+        return known
+
+    def close(self) -> None:
+        for known in self._worlds.values():
+            known.close()
+        self._worlds.clear()
+
+
+class Launched:
+    """Fresh ranks under torchrun, for tests that kill one."""
+
+    def __init__(self, arguments: Sequence[str], ranks: int, environment: Mapping[str, str], folder: Path) -> None:
+        self.ranks = ranks
+        self._out, self._err = folder / "stdout", folder / "stderr"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self.process = subprocess.Popen(
+                [*command, *arguments],
+                cwd=ROOT,
+                env=child_environment(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+
+    @property
+    def stdout(self) -> str:
+        return self._out.read_text(errors="replace")
+
+    @property
+    def stderr(self) -> str:
+        return self._err.read_text(errors="replace")
+
+    def rank_pids(self, timeout: float = 60.0) -> list[int]:
+        """The processes of the ranks, in order; waits until all of them are there."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline and self.process.poll() is None:
+            found: dict[int, int] = {}
+            for child in self._family():
+                with contextlib.suppress(psutil.Error):
+                    place = child.environ()
+                    if place.get("WORLD_SIZE") == str(self.ranks) and "RANK" in place:
+                        found.setdefault(int(place["RANK"]), child.pid)
+            if len(found) == self.ranks:
+                return [found[rank] for rank in range(self.ranks)]
+            time.sleep(0.05)
+        raise WorldFailure(f"the {self.ranks} ranks did not start within {timeout:g} s\n{self.stderr}")
+
+    def wait(self, timeout: float = 120.0) -> int:
+        """The exit code of torchrun; on timeout everything is killed and the words are shown."""
+        try:
+            return self.process.wait(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.close()
+            raise WorldFailure(f"torchrun ran past {timeout:g} s\n{self.stdout}\n{self.stderr}") from None
+
+    def close(self) -> None:
+        family = self._family()
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        for child in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        self.process.wait()
+        psutil.wait_procs(family, timeout=5)
+
+    def _family(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+
+Launch = Callable[..., Launched]
+
+
+def launcher(folder: Path) -> Iterator[Launch]:
+    """The body of the fixture ``launch``: ``launch(["-m", "trivium", "train", ...], ranks=2, env={...})``."""
+    started: list[Launched] = []
+
+    def start(arguments: Sequence[str], ranks: int = 2, env: Mapping[str, str] | None = None) -> Launched:
+        place = folder / f"launch-{len(started)}"
+        place.mkdir()
+        started.append(Launched(arguments, ranks, env or {}, place))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for launched in started:
+            launched.close()
+
+
+def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment for a fresh process: this source tree, one thread, none of a launcher's variables."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **(extra or {})}
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _die_with(parent: int) -> None:
+    """Ask the kernel to end this process with its parent; elsewhere the closed pipe does it between cases."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            sys.exit(1)
+
+
+def _find(module: str, name: str) -> Callable[..., Any]:
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    function: Callable[..., Any] = found
+    return function
+
+
+def _filter_warnings() -> None:
+    """The filters of pyproject.toml, here as in the tests' own process."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        filters: list[str] = tomllib.load(file)["tool"]["pytest"]["ini_options"]["filterwarnings"]
+    for text in filters:
+        action, message, category, *_ = (*text.split(":"), "", "")
+        kind: type[Warning] = getattr(builtins, category) if category else Warning
+        warnings.filterwarnings(action, message=message, category=kind)  # type: ignore[arg-type]
+
+
+def _run_case(mesh: Any, request: bytes) -> bytes:
+    import torch
+
+    try:
+        module, name, arguments, keywords = pickle.loads(request)
+        torch.manual_seed(0)
+        random.seed(0)
+        with warnings.catch_warnings():
+            _filter_warnings()
+            result = _find(module, name)(mesh, *arguments, **keywords)
+        return pickle.dumps(("ok", time.monotonic(), result))
+    except pytest.skip.Exception as skip:
+        return pickle.dumps(("skip", time.monotonic(), str(skip)))
+    except BaseException:
+        return pickle.dumps(("raised", time.monotonic(), traceback.format_exc()))
+    finally:
+        gc.collect()
+
+
+def _serve(pipe: Connection) -> None:
+    import torch
+
+    import trivium
+
+    torch.set_num_threads(1)
+    try:
+        mesh = trivium.init(device="cpu")
+    except BaseException:
+        pipe.send_bytes(pickle.dumps(("raised", time.monotonic(), traceback.format_exc())))
+        return
+    pipe.send_bytes(pickle.dumps(("ok", time.monotonic(), None)))
+    while True:
+        try:
+            request = pipe.recv_bytes()
+        except EOFError:
+            return
+        pipe.send_bytes(_run_case(mesh, request))
+
+
+if __name__ == "__main__":
+    _die_with(int(sys.argv[2]))
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)
+    _serve(Connection(int(sys.argv[1])))
