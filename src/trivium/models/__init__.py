@@ -5,5 +5,18 @@ from __future__ import annotations
 from trivium.models.build import build
 from trivium.models.config import DecoderConfig
 from trivium.models.decoder import Block, Decoder
+from trivium.models.families import FAMILIES, LLAMA, FamilyMap, family_of
+from trivium.models.presets import PRESETS, preset
 
-__all__ = ["Block", "Decoder", "DecoderConfig", "build"]
+__all__ = [
+    "FAMILIES",
+    "LLAMA",
+    "PRESETS",
+    "Block",
+    "Decoder",
+    "DecoderConfig",
+    "FamilyMap",
+    "build",
+    "family_of",
+    "preset",
+]

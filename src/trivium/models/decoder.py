@@ -72,7 +72,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A Llama-like language model. Children: ``embed``, ``blocks``, ``norm``, ``head`` (when tied its weight is ``embed``'s).
+    """A Llama-like language model. Children: ``embed``, ``blocks``, ``norm``, ``head`` (tied: with ``embed``'s weight).
 
     No forward touches another module's parameters, so hooks on any module see every use of what it owns.
     """
@@ -126,8 +126,8 @@ class Decoder(nn.Module):
         return out
 
     def _check(self, tokens: torch.Tensor, targets: torch.Tensor | None, *others: torch.Tensor | None) -> None:
-        if tokens.dim() != 2:
-            raise ConfigError(f"tokens have shape {tuple(tokens.shape)}: expected [batch, sequence]")
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ConfigError(f"tokens have shape {tuple(tokens.shape)}: expected [batch, sequence], at least one long")
         if tokens.shape[1] > self.config.max_positions:
             raise ConfigError(
                 f"sequence of {tokens.shape[1]} tokens: the model has max_positions={self.config.max_positions}; "
@@ -151,7 +151,7 @@ def default_positions(tokens_BT: torch.Tensor, documents_BT: torch.Tensor | None
 
 
 def check_ids(what: str, ids_BT: torch.Tensor, vocabulary: int, *, allowed: int | None = None) -> None:
-    """Raise DataError for an id outside ``[0, vocabulary)``, naming its place; on the CPU only, where no stream waits."""
+    """Raise DataError for an id outside ``[0, vocabulary)``, naming its place; on the CPU, where no stream waits."""
     if ids_BT.device.type != "cpu" or type(ids_BT) is not torch.Tensor or ids_BT.numel() == 0:
         return
     low, high = (int(bound) for bound in torch.aminmax(ids_BT))
