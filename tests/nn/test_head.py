@@ -61,10 +61,27 @@ def test_any_chunk_equals_torch(chunk, reduction):
     torch.testing.assert_close(grad_weight, grads[1], rtol=1e-11, atol=1e-12)
 
 
-def test_gradcheck():
-    head, x, targets = heads_and_batch(4, torch.float64)
+@pytest.mark.parametrize("chunk", [4, 1024])
+def test_gradcheck(chunk):
+    head, x, targets = heads_and_batch(chunk, torch.float64)
     small = x.detach()[:6].requires_grad_()
     assert torch.autograd.gradcheck(lambda x: head(x, targets[:6], "none"), (small,))
+
+
+@pytest.mark.parametrize("chunk", [8, 1024])
+def test_a_second_backward_gives_the_same_bits(chunk):
+    head, x, targets = heads_and_batch(chunk)
+    loss = head(x, targets)
+    first = torch.autograd.grad(loss, (x, head.weight), retain_graph=True)
+    second = torch.autograd.grad(loss, (x, head.weight))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_large_logits_do_not_overflow():
+    head, x, targets = heads_and_batch(8)
+    loss = head(x * 1e4, targets)
+    expected = F.cross_entropy(F.linear(x * 1e4, head.weight), targets, ignore_index=-100)
+    torch.testing.assert_close(loss, expected)
 
 
 def test_the_same_bits_every_time():

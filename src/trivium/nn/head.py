@@ -1,7 +1,8 @@
 """The output projection, and the loss behind it computed without ever holding the whole batch's logits.
 
 Logits of B·T tokens and V words are often the largest tensor of a step. Above ``chunk_tokens`` tokens the loss walks
-over chunks and keeps only one number per token (the log of the partition sum); backward recomputes a chunk's logits.
+over chunks and keeps none of them; backward recomputes each chunk's logits. A batch that fits in one chunk is not
+recomputed: one buffer of its logits becomes its softmax and then its gradient, in place.
 The projection and its loss are one module call, so a sharded head is gathered once for all chunks.
 Shapes: N tokens, C model width, V vocabulary.
 """
@@ -67,61 +68,80 @@ class Head(Linear):
             dtype = torch.get_autocast_dtype(x_NC.device.type)
             x_NC, weight_VC = x_NC.to(dtype), weight_VC.to(dtype)
         with torch.autocast(x_NC.device.type, enabled=False):
-            if x_NC.shape[0] <= self.chunk_tokens:
-                logits_NV = _at_least_fp32(F.linear(x_NC, weight_VC))
-                return F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="none")
-            losses_N: torch.Tensor = _ChunkedLoss.apply(x_NC, weight_VC, targets_N, self.chunk_tokens)  # type: ignore[no-untyped-call]
-            return losses_N
+            losses_N: torch.Tensor = _TokenLoss.apply(x_NC, weight_VC, targets_N, self.chunk_tokens)  # type: ignore[no-untyped-call]
+        return losses_N
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    """Per-token cross-entropy of ``x Wᵀ``, chunk by chunk; the gradient of the weight is summed in at least fp32."""
+class _TokenLoss(torch.autograd.Function):
+    """Per-token cross-entropy of ``x Wᵀ``, chunk by chunk; the gradient of the weight is summed in at least fp32.
+
+    A batch of one chunk keeps its softmax, which backward overwrites; a second backward recomputes it, as chunks do.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x_NC: torch.Tensor, weight_VC: torch.Tensor, targets_N: torch.Tensor, chunk: int
     ) -> torch.Tensor:
-        lse_parts, losses = [], []
+        losses, softmax = [], None
         for x_nC, target_n in zip(torch.split(x_NC, chunk), torch.split(targets_N, chunk), strict=True):
-            logits_nV = _at_least_fp32(F.linear(x_nC, weight_VC))
-            lse_n = logits_nV.logsumexp(dim=-1)
-            ignored_n = target_n == IGNORE_INDEX
-            picked_n = logits_nV.gather(1, target_n.masked_fill(ignored_n, 0)[:, None])[:, 0]
-            losses.append((lse_n - picked_n).masked_fill(ignored_n, 0.0))
-            lse_parts.append(lse_n)
+            loss_n, softmax = _loss_and_softmax(x_nC, weight_VC, target_n)
+            losses.append(loss_n)
         ctx.chunk = chunk
-        ctx.save_for_backward(x_NC, weight_VC, targets_N, torch.cat(lse_parts))
+        ctx.kept = softmax if len(losses) == 1 and any(ctx.needs_input_grad) else None
+        ctx.save_for_backward(x_NC, weight_VC, targets_N)
         return torch.cat(losses)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        x_NC, weight_VC, targets_N, lse_N = ctx.saved_tensors
+        x_NC, weight_VC, targets_N = ctx.saved_tensors
         wants_x, wants_weight = ctx.needs_input_grad[:2]
+        kept, ctx.kept = ctx.kept, None
         grad_x = torch.empty_like(x_NC) if wants_x else None
-        grad_weight = torch.zeros_like(weight_VC, dtype=lse_N.dtype) if wants_weight else None
+        grad_weight: torch.Tensor | None = None
         for start in range(0, x_NC.shape[0], ctx.chunk):
             part = slice(start, start + ctx.chunk)
             x_nC, target_n = x_NC[part], targets_N[part]
-            ignored_n = target_n == IGNORE_INDEX
-            slope_nV = _at_least_fp32(F.linear(x_nC, weight_VC)).sub_(lse_N[part, None]).exp_()
-            index_n1 = target_n.masked_fill(ignored_n, 0)[:, None]
-            slope_nV.scatter_add_(1, index_n1, torch.full_like(index_n1, -1, dtype=slope_nV.dtype))
-            slope_nV.mul_(grad_N[part].masked_fill(ignored_n, 0.0)[:, None])
-            slope_nV = slope_nV.to(weight_VC.dtype)
+            numerator_nV, denominator_n1 = kept or _loss_and_softmax(x_nC, weight_VC, target_n)[1]
+            slope_nV = _slope(numerator_nV, denominator_n1, target_n, grad_N[part]).to(weight_VC.dtype)
             if grad_x is not None:
                 torch.mm(slope_nV, weight_VC, out=grad_x[part])
-            if grad_weight is not None:
-                _add_product(grad_weight, slope_nV.t(), x_nC)
+            if wants_weight:
+                grad_weight = _add_product(grad_weight, slope_nV.t(), x_nC, grad_N.dtype)
         return grad_x, None if grad_weight is None else grad_weight.to(weight_VC.dtype), None, None
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+def _loss_and_softmax(
+    x_nC: torch.Tensor, weight_VC: torch.Tensor, target_n: torch.Tensor
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Losses, and the softmax as a numerator [n, V] and a denominator [n, 1]; one buffer of logits, overwritten."""
+    logits_nV = F.linear(x_nC, weight_VC)
+    if logits_nV.dtype != torch.float64:
+        logits_nV = logits_nV.float()
+    ignored_n1 = (target_n == IGNORE_INDEX)[:, None]
+    picked_n1 = logits_nV.gather(1, target_n[:, None].masked_fill(ignored_n1, 0))
+    top_n1 = logits_nV.amax(dim=-1, keepdim=True)
+    numerator_nV = logits_nV.sub_(top_n1).exp_()
+    denominator_n1 = numerator_nV.sum(dim=-1, keepdim=True)
+    loss_n1 = (denominator_n1.log() + top_n1 - picked_n1).masked_fill(ignored_n1, 0.0)
+    return loss_n1[:, 0], (numerator_nV, denominator_n1)
+
+
+def _slope(
+    numerator_nV: torch.Tensor, denominator_n1: torch.Tensor, target_n: torch.Tensor, grad_n: torch.Tensor
+) -> torch.Tensor:
+    """The loss's gradient by the logits, ``(softmax − one-hot) · grad``, written over the numerator."""
+    ignored_n1 = (target_n == IGNORE_INDEX)[:, None]
+    grad_n1 = grad_n[:, None].masked_fill(ignored_n1, 0.0)
+    slope_nV = numerator_nV.mul_(grad_n1 / denominator_n1)
+    return slope_nV.scatter_add_(1, target_n[:, None].masked_fill(ignored_n1, 0), -grad_n1)
+
+
+def _add_product(
+    total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    if total is None:
+        return (left @ right).to(dtype)
     if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(left @ right)
-
-
-def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+        return total.addmm_(left, right)
+    return total.add_(left @ right)
