@@ -1,4 +1,4 @@
-"""Text in, batches out. Read in this order: config, sources, split, tokenizer (with chat), corpus, pack, loader, baseline.
+"""Text in, batches out. Read: config, sources, split, tokenizer (with chat), corpus, pack, loader, baseline.
 
 ``prepare`` ties them together; nothing here communicates.
 """

@@ -1,4 +1,4 @@
-"""What counting alone achieves: unigram and bigram loss on the validation text, in nats per token, from training counts.
+"""What counting alone achieves: unigram and bigram loss on validation text, in nats per token, from training counts.
 
 Both are taken over exactly the targets a model is judged on: tokens that carry loss, the first of a document left out.
 """

@@ -33,8 +33,8 @@ _MARK = re.compile("(\u2003?)\ue000([0-9]+)\ue001(\u2003?)")
 
 
 _GROWING = (
-    "batch", "center", "expandtabs", "format", "format_map", "indent", "join", "ljust", "pprint", "random", "rjust", "slice",
-    "translate", "wordwrap", "xmlattr", "zfill",
+    "batch", "center", "expandtabs", "format", "format_map", "indent", "join", "ljust", "pprint", "random", "rjust",
+    "slice", "translate", "wordwrap", "xmlattr", "zfill",
 )  # fmt: skip
 
 

@@ -16,9 +16,10 @@ class DataConfig:
 
     ``paths``: folders, globs or files; empty means the Python standard library's own source.
     ``format``: ``auto`` takes .jsonl and .ndjson as rows, all else as text.
-    ``tokenizer``: a tokenizer.json or a folder that holds one; None trains a byte-level BPE of ``vocabulary`` entries on
-    the training documents. ``validation`` is the share of files (rows, for JSONL) kept out of training. ``limit_bytes``
-    reads only that much (files chosen by hash, so the choice is stable). ``cache`` is a folder; None means the run's own.
+    ``tokenizer``: a tokenizer.json or a folder that holds one; None trains a byte-level BPE of ``vocabulary`` entries
+    on the training documents. ``validation`` is the share of files (rows, for JSONL) kept out of training.
+    ``limit_bytes`` reads only that much (files chosen by hash, so the choice is stable). ``cache`` is a folder; None
+    means the run's own.
     """
 
     paths: tuple[str, ...] = ()

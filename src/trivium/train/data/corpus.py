@@ -1,7 +1,8 @@
 """Tokenised documents on disk: one flat file of ids read through memory maps, with offsets, keys and origins beside it.
 
-Layout of the folder: corpus.json (counts, sizes, sources), tokens.bin (uint16 or uint32), offsets.bin, keys.bin, origins.bin,
-and learned.bin (one byte per token) when some tokens carry no loss. Plain numbers only; every size is checked when opened.
+Layout of the folder: corpus.json (counts, sizes, sources), tokens.bin (uint16 or uint32), offsets.bin, keys.bin,
+origins.bin, and learned.bin (one byte per token) when some tokens carry no loss. Plain numbers only; every size is
+checked when the folder is opened.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ _BATCH_CHARS = 4 << 20
 class Corpus:
     """Tokens of some documents: document d is ``tokens[offsets[d]:offsets[d + 1]]`` for each d in ``documents``.
 
-    ``learned`` is None when every token is to be predicted (the first of a document never is). ``origins`` holds (source,
-    line) per document. ``vocabulary``: every id must be below it, which is checked where batches are made.
+    ``learned`` is None when every token is to be predicted (the first of a document never is). ``origins`` holds
+    (source, line) per document. ``vocabulary``: every id must be below it, which is checked where batches are made.
     """
 
     tokens: Array
@@ -211,7 +212,7 @@ def tokenise(sources: Sources, tokenizer: Tokenizer, folder: str | Path, *, fing
 
 
 def _write(batch: Sequence[Document], sources: Sources, tokenizer: Tokenizer, writer: Writer, starts: bool) -> bool:
-    """Encode and append; ``starts`` says that the first piece begins a document; returns the same for the next batch."""
+    """Encode and append. ``starts``: the first piece begins a document; returns the same for the next batch."""
     texts = iter(tokenizer.encode_batch([document.text for document in batch if not document.messages]))
     masked = any(document.messages for document in batch)
     for document in batch:

@@ -1,8 +1,8 @@
 """Batches in an order that is a pure function of (seed, micro-batch number), and its exact save and resume.
 
 Communication: none. Micro-batch m of the whole run, m = (step · accumulation + index) · N + rank, holds sequences
-m · B … (m + 1) · B − 1 of the endless order "epoch 0 permuted, epoch 1 permuted, …". So runs with equal N · accumulation
-read equal data, and the state is one number that any number of ranks can continue from.
+m · B … (m + 1) · B − 1 of the endless order "epoch 0 permuted, epoch 1 permuted, …". So runs with equal
+N · accumulation read equal data, and the state is one number that any number of ranks can continue from.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class Loader:
         self._packer = Packer(corpus, sequence, vocabulary=vocabulary)
         if len(self._packer) < batch_size:
             raise DataError(
-                f"corpus of {self._packer.num_tokens} tokens makes {len(self._packer)} sequences of {sequence}, fewer than "
-                f"one batch of {batch_size}; give more text, or lower the batch size or data.sequence"
+                f"corpus of {self._packer.num_tokens} tokens makes {len(self._packer)} sequences of {sequence}, fewer "
+                f"than one batch of {batch_size}; give more text, or lower the batch size or data.sequence"
             )
         self.batch_size = batch_size
         self.seed = seed
@@ -111,7 +111,7 @@ class Loader:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
-        """Continue where ``state`` was taken, on any number of ranks. Raises DataError when the data is not the same."""
+        """Continue where ``state`` was taken, on any number of ranks. Raises DataError for other data."""
         expected = self.state_dict()
         if set(state) != set(expected):
             raise DataError(f"loader state has {sorted(state)}, expected {sorted(expected)}")

@@ -1,7 +1,8 @@
 """Pack documents end to end into sequences of T tokens that know where each document begins.
 
 Shapes: T = sequence. Nothing crosses a document's border: targets stop there, positions begin anew, and ``documents``
-differs, which is what the attention mask reads. Every token of the corpus is in exactly one sequence; the last is padded.
+differs, which is what the attention mask reads. Every token of the corpus is in exactly one sequence; the last is
+padded.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Packer:
     """Sequence number → Packed, in constant memory beside 8 bytes per document."""
 
     def __init__(self, corpus: Corpus, sequence: int, *, vocabulary: int | None = None) -> None:
-        """Check that the corpus fills at least one sequence. ``vocabulary``: the model's, when below the tokenizer's."""
+        """Check that the corpus fills a sequence. ``vocabulary``: the model's, when below the tokenizer's."""
         if sequence < 2:
             raise DataError(f"sequence={sequence}: expected 2 tokens or more")
         lengths = np.asarray(corpus.offsets)[corpus.documents + 1] - np.asarray(corpus.offsets)[corpus.documents]
@@ -46,8 +47,8 @@ class Packer:
         self.num_tokens = int(self._ends[-1]) if len(self._ends) else 0
         if self.num_tokens < sequence:
             raise DataError(
-                f"corpus of {len(lengths)} documents has {self.num_tokens} tokens, fewer than one sequence of {sequence}; "
-                f"give more text or set data.sequence to at most {self.num_tokens}"
+                f"corpus of {len(lengths)} documents has {self.num_tokens} tokens, fewer than one sequence of "
+                f"{sequence}; give more text or set data.sequence to at most {self.num_tokens}"
             )
         self.corpus = corpus
         self.sequence = sequence
@@ -98,6 +99,6 @@ class Packer:
         bad = np.flatnonzero((ids < 0) | (ids >= self.vocabulary))
         if len(bad):
             raise DataError(
-                f"sample {document} ({self.corpus.name(document)}): token {skip + int(bad[0])} has id {int(ids[bad[0]])}, "
-                f"expected 0 to {self.vocabulary - 1}; the text was tokenised for another vocabulary than the model's"
+                f"sample {document} ({self.corpus.name(document)}): token {skip + int(bad[0])} has id "
+                f"{int(ids[bad[0]])}, expected 0 to {self.vocabulary - 1}; is this the tokenizer the model was made for?"
             )

@@ -1,6 +1,7 @@
 """Where training text comes from: files, folders, globs, JSONL rows, or the standard library's own source.
 
-Order and names do not depend on the machine: names are relative to what was given. What is skipped is counted and logged.
+Order and names do not depend on the machine: names are relative to what was given. What is skipped is counted and
+logged.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class Sources:
         return str(total.hexdigest())
 
     def with_tail_apart(self, share: float) -> Sources:
-        """A single text file in two parts, its last ``share`` (from a line's start) held out; anything else unchanged."""
+        """A single text file in two parts, its last ``share`` (whole lines) held out; anything else unchanged."""
         if len(self.files) != 1 or self.files[0].format != "text" or share <= 0.0:
             return self
         whole = self.files[0]
@@ -160,16 +161,14 @@ def stable_hash(text: str) -> int:
 def parse_messages(value: object, where: str) -> tuple[Message, ...]:
     """Check a chat's ``messages``; ``where`` (file:line) starts every DataError."""
     if not isinstance(value, list) or not value:
-        raise DataError(
-            f"{where}: messages is {_short(value)}, expected a list of {{role, content}} with at least one entry"
-        )
+        raise DataError(f"{where}: messages is {_short(value)}, expected a list of at least one {{role, content}}")
     messages = []
     for index, entry in enumerate(value):
         role = entry.get("role") if isinstance(entry, dict) else None
         content = entry.get("content") if isinstance(entry, dict) else None
         if role not in _ROLES or not isinstance(content, str):
             raise DataError(
-                f"{where}: messages[{index}] is {_short(entry)}, expected role one of {', '.join(_ROLES)} and a text content"
+                f"{where}: messages[{index}] is {_short(entry)}, expected role {' | '.join(_ROLES)} and a text content"
             )
         messages.append(Message(role=role, content=_encodable(content, f"{where}: messages[{index}]")))
     if all(message.role != "assistant" for message in messages):

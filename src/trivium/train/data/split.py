@@ -22,8 +22,8 @@ def split(keys: Keys, share: float) -> tuple[Indices, Indices]:
     """Document numbers for training and for validation, each ascending.
 
     Depends on each key alone, so adding documents moves none. When the share is above zero but no key falls below it,
-    the document with the smallest key is held out; when all do, the one with the largest is trained on. Equal keys (equal
-    rows, or one file) always fall on one side. Raises DataError when there is nothing to split.
+    the document with the smallest key is held out; when all do, the one with the largest is trained on. Equal keys
+    (equal rows, or one file) always fall on one side. Raises DataError when there is nothing to split.
     """
     if not 0.0 <= share < 1.0:
         raise DataError(f"validation share {share}: expected 0 up to, not including, 1")

@@ -1,4 +1,4 @@
-"""Text to token ids and back: train a byte-level BPE, or load a tokenizer.json; control tokens are never read from text."""
+"""Text to token ids and back: train a byte-level BPE or load a tokenizer.json; no control token is read from text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONTROL = (END, PAD, *CHAT)
 class Tokenizer:
     """A `tokenizers.Tokenizer` with its end and pad tokens and its chat template.
 
-    ``encode`` takes plain text: what looks like a control token inside it becomes ordinary text, never the control token.
+    ``encode`` takes plain text: what looks like a control token in it becomes ordinary text, never the token.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Tokenizer:
         template: str | None = TEMPLATE,
         source: str = "tokenizer",
     ) -> None:
-        """Wrap ``backend``; ``end`` must be one of its tokens. ``begin`` is put before each plain document when given."""
+        """Wrap ``backend``; ``end`` must be one of its tokens. ``begin``, when given, is put before each text."""
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True
