@@ -54,7 +54,7 @@ def test_every_token_and_every_learned_target_once(
     assert (tokens[owners == PADDING] == PAD).all() and (targets[owners == PADDING] == IGNORE).all()
     for index, (row, mask) in enumerate(zip(rows, masks, strict=True)):
         expected = [token if on else IGNORE for token, on in zip(row[1:], mask[1:], strict=True)]
-        assert targets[owners == index].tolist() == (expected + [IGNORE] if row else [])
+        assert targets[owners == index].tolist() == ([*expected, IGNORE] if row else [])
     for part in parts:
         starts = np.flatnonzero(np.diff(part.documents, prepend=-2))
         assert (part.positions[starts] == 0).all()
@@ -98,7 +98,7 @@ def test_not_whole_numbers() -> None:
 
 
 def test_too_short_and_out_of_range() -> None:
-    with pytest.raises(DataError, match="2 documents has 5 tokens, fewer than one sequence of 6; .* at most 5"):
+    with pytest.raises(DataError, match=r"2 documents has 5 tokens, fewer than one sequence of 6; .* at most 5"):
         Packer(corpus_of([1, 2, 3], [4, 5]), 6)
     with pytest.raises(DataError, match="sequence=1"):
         Packer(corpus_of([1, 2, 3]), 1)

@@ -12,6 +12,7 @@ import pytest
 from trivium.base.errors import ConfigError, DataError
 from trivium.train.data import Corpus, DataConfig, Loader, Tokenizer, baseline, prepare
 from trivium.train.data import sources as sources_module
+from trivium.train.data.corpus import Writer
 
 
 def text_folder(folder: Path, count: int = 30) -> Path:
@@ -64,7 +65,7 @@ def test_cache_is_used_and_follows_content_and_settings(tmp_path: Path, monkeypa
     assert len(list(cache.iterdir())) == 6
 
 
-def test_given_tokenizer_and_another_process_first(tmp_path: Path) -> None:
+def test_given_tokenizer(tmp_path: Path) -> None:
     folder = text_folder(tmp_path / "text")
     Tokenizer.train(["return value"] * 9, vocabulary=270).save(tmp_path / "given")
     data = prepare(config_of(folder, tokenizer=str(tmp_path / "given")), tmp_path / "cache")
@@ -119,7 +120,19 @@ def test_single_file_is_split_at_its_tail(tmp_path: Path) -> None:
     assert len(whole.validation.documents) == 0 and len(whole.train.documents) == 1
 
 
-@pytest.mark.parametrize("damage", ["short", "missing", "json", "count"])
+def test_two_writers_of_one_corpus_agree(tmp_path: Path) -> None:
+    one = Writer(tmp_path / "corpus", vocabulary=70_000, pad_id=1, fingerprint="x")
+    one.add([1, 2, 69_999], None, key=2**64 - 1, source=0, line=1, ends=True)
+    first = one.close(["a"])
+    two = Writer(tmp_path / "corpus", vocabulary=70_000, pad_id=1, fingerprint="x")
+    two.add([1, 2, 69_999], None, key=2**64 - 1, source=0, line=1, ends=True)
+    second = two.close(["a"])
+    assert first.tokens.tolist() == second.tokens.tolist() == [1, 2, 69_999]
+    assert first.tokens.dtype == np.uint32 and first.learned is None
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+@pytest.mark.parametrize("damage", ["short", "missing", "json", "count", "offsets"])
 def test_damaged_cache_is_named(tmp_path: Path, damage: str) -> None:
     data = prepare(config_of(text_folder(tmp_path / "text")), tmp_path / "cache")
     del data
@@ -129,11 +142,15 @@ def test_damaged_cache_is_named(tmp_path: Path, damage: str) -> None:
         (place / "tokens.bin").write_bytes((place / "tokens.bin").read_bytes()[:-2])
     elif damage == "missing":
         (place / "keys.bin").unlink()
+    elif damage == "offsets":
+        offsets = np.fromfile(place / "offsets.bin", np.int64)
+        offsets[1] = -5
+        offsets.tofile(place / "offsets.bin")
     elif damage == "json":
         (place / "corpus.json").write_text("{")
     else:
         (place / "corpus.json").write_text(json.dumps(about | {"documents": 10**15}))
-    with pytest.raises(DataError, match="delete .* to tokenise again"):
+    with pytest.raises(DataError, match=r"delete .* to tokenise again"):
         Corpus.open(place)
 
 

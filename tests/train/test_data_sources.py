@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,7 @@ def test_long_text_comes_in_whole_pieces(tmp_path: Path, monkeypatch: pytest.Mon
         pieces = list(find([tmp_path]).documents())
         assert "".join(piece.text for piece in pieces) == text
         assert [piece.more for piece in pieces] == [True] * (len(pieces) - 1) + [False]
-        for before, after in zip(pieces, pieces[1:], strict=False):
+        for before, after in pairwise(pieces):
             assert after.line == before.line + before.text.count("\n")
 
 

@@ -43,7 +43,7 @@ def test_hash_is_pinned() -> None:
 def test_no_validation_and_nothing_to_split() -> None:
     train, held = split(keys_of([1, 2]), 0.0)
     assert (list(train), list(held)) == ([0, 1], [])
-    with pytest.raises(DataError, match="give more files or rows, or set data.validation = 0"):
+    with pytest.raises(DataError, match=r"give more files or rows, or set data.validation = 0"):
         split(keys_of([7, 7]), 0.1)
     with pytest.raises(DataError, match=r"share 1\.0"):
         split(keys_of([1, 2]), 1.0)

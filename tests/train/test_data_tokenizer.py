@@ -79,7 +79,8 @@ def foreign(tmp_path: Path, template: str | None, **config: object) -> Tokenizer
 
 def test_foreign_template_that_trims_and_continues(tmp_path: Path) -> None:
     template = (
-        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}A: {{ m['content'] | trim }}{{ eos_token }}\n"
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+        "A: {{ m['content'] | trim }}{{ eos_token }}\n"
         "{% else %}{{ m['role'] | upper }}: {{ m['content'].strip() ~ '!' }}\n{% endif %}{% endfor %}"
     )
     tokenizer = foreign(tmp_path, template, bos_token="<|system|>", add_bos_token=True)
@@ -106,7 +107,7 @@ def test_template_file_beside_the_tokenizer(tmp_path: Path) -> None:
         "{{ 'x'.ljust(1000000000) }}",
         "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
         "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
-        "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set n.x = n.x.replace('a', n.x) %}{% endfor %}",
+        "{% set n = namespace(x='aaaa') %}{% for i in range(60) %}{% set n.x = n.x.replace('a', n.x) %}{% endfor %}",
         "{{ ''.__class__.__mro__ }}",
         "{{ messages.append(1) }}",
         "{{ raise_exception('roles must alternate') }}",

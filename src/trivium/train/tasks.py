@@ -10,6 +10,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from trivium.base.errors import ConfigError, DataError
 from trivium.train.data.corpus import Corpus
@@ -31,9 +33,9 @@ class TaskConfig:
 
     names: tuple[str, ...] = ("add", "reverse", "sort", "max")
     digits: int = 2
-    letters: tuple[int, int] = (3, 6)
+    letters: tuple[int, int] = (3, 5)
     numbers: tuple[int, int] = (2, 3)
-    examples: int = 100_000
+    examples: int = 60_000
     held_out: float = 0.1
     seed: int = 0
 
@@ -80,7 +82,7 @@ class Score:
 
 
 def train_examples(config: TaskConfig) -> list[Example]:
-    """``config.examples`` examples, the tasks in turn, none of them held out; may repeat. Equal seeds, equal lists."""
+    """``config.examples`` examples, hard tasks more often, none held out; may repeat. Equal seeds, equal lists."""
     return [_draw(config, name, False, source) for name, source in _turns(config, "train", config.examples)]
 
 
@@ -151,12 +153,13 @@ def exact_match(evaluate: Evaluate, config: TaskConfig, *, count: int = 200, bat
 
 def _turns(config: TaskConfig, label: str, count: int) -> list[tuple[str, random.Random]]:
     sources = {name: random.Random(f"{config.seed}/{label}/{name}") for name in config.names}
-    return [(name, sources[name]) for name in (config.names[i % len(config.names)] for i in range(count))]
+    cycle = [name for name in config.names for _ in range(_MAKERS[name].weight)]
+    return [(name, sources[name]) for name in (cycle[i % len(cycle)] for i in range(count))]
 
 
 def _draw(config: TaskConfig, name: str, held: bool, source: random.Random) -> Example:
     for _ in range(100_000):
-        question, answer = _MAKERS[name](config, source)
+        question, answer = _MAKERS[name].draw(config, source)
         prompt = f"{name} {question}>"
         if is_held_out(prompt, config.held_out) == held:
             return Example(task=name, prompt=prompt, answer=answer)
@@ -194,9 +197,18 @@ def _max(config: TaskConfig, source: random.Random) -> tuple[str, str]:
     return " ".join(map(str, numbers)), str(max(numbers))
 
 
-_MAKERS: dict[str, Callable[[TaskConfig, random.Random], tuple[str, str]]] = {
-    "add": _add,
-    "reverse": _reverse,
-    "sort": _sort,
-    "max": _max,
-}
+class _Maker(NamedTuple):
+    """How to draw (question, answer), and how often: what takes longer to learn comes more often."""
+
+    draw: Callable[[TaskConfig, random.Random], tuple[str, str]]
+    weight: int
+
+
+_MAKERS = MappingProxyType(
+    {
+        "add": _Maker(_add, 4),
+        "reverse": _Maker(_reverse, 1),
+        "sort": _Maker(_sort, 2),
+        "max": _Maker(_max, 2),
+    }
+)

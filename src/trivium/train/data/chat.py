@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -61,12 +61,46 @@ def _replace(value: str, old: str, new: str, count: int = -1) -> str:
     return str(value).replace(old, new, count)
 
 
+class _Budget:
+    """What one rendering may still use of steps and time."""
+
+    def __init__(self) -> None:
+        self._items = 0
+        self._deadline = 0.0
+
+    def renew(self) -> None:
+        self._items = 0
+        self._deadline = time.monotonic() + _SECONDS
+
+    def tick(self) -> None:
+        self._items += 1
+        if self._items > _LOOP_ITEMS or time.monotonic() > self._deadline:
+            raise _Stop(f"more than {_LOOP_ITEMS} steps or {_SECONDS} s")
+
+    def range(self, *bounds: int) -> Iterator[int]:
+        for value in range(*bounds):
+            self.tick()
+            yield value
+
+
+def _refuse(message: object) -> None:
+    raise _Stop(str(message))
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-    def __init__(self, tick: Callable[[], None]) -> None:
+    def __init__(self, budget: _Budget) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        self._tick = tick
+        self._tick = budget.tick
+        never = datetime.datetime(2000, 1, 1)  # a date that changes would change the tokens
+        self.globals = {
+            "namespace": self.globals["namespace"],
+            "dict": dict,
+            "range": budget.range,
+            "raise_exception": _refuse,
+            "strftime_now": never.strftime,
+        }
         self.filters = {name: function for name, function in self.filters.items() if name not in _GROWING} | {
             "replace": _replace
         }
@@ -106,7 +140,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class Template:
-    """A chat template, compiled at each use inside a fresh sandbox; ``text`` is what is saved with the tokenizer."""
+    """A chat template, compiled once inside its sandbox; ``text`` is what is saved with the tokenizer."""
 
     def __init__(self, text: str, *, source: str) -> None:
         """Check size and syntax. Raises DataError naming ``source``."""
@@ -114,8 +148,9 @@ class Template:
             raise DataError(
                 f"{source}: chat_template has {len(text)} characters, at most {_TEMPLATE_CHARS} are accepted"
             )
+        self._budget = _Budget()
         try:
-            _Sandbox(lambda: None).from_string(text)
+            self._compiled = _Sandbox(self._budget).from_string(text)
         except (jinja2.TemplateError, RecursionError) as error:
             raise DataError(f"{source}: chat_template does not compile ({error})") from error
         self.text = text
@@ -130,7 +165,7 @@ class Template:
             for index, message in enumerate(messages)
         ]
         try:
-            output = _run(self.text, {**tokens, "messages": rows, "add_generation_prompt": prompt})
+            output = self._run({**tokens, "messages": rows, "add_generation_prompt": prompt})
         except (
             _Stop,
             jinja2.TemplateError,
@@ -142,6 +177,18 @@ class Template:
         ) as error:
             raise DataError(f"{where}: the chat_template of {self._source} failed ({error})") from error
         return list(self._pieces(output, messages, where))
+
+    def _run(self, variables: Mapping[str, Any]) -> str:
+        self._budget.renew()
+        parts: list[str] = []
+        size = 0
+        for part in self._compiled.generate(**variables):
+            self._budget.tick()
+            size += len(part)
+            if size > _OUTPUT_CHARS:
+                raise _Stop(f"more than {_OUTPUT_CHARS} characters")
+            parts.append(part)
+        return "".join(parts)
 
     def _pieces(self, output: str, messages: Sequence[Message], where: str) -> Iterator[tuple[str, str | None]]:
         seen = [int(match[2]) for match in _MARK.finditer(output)]
@@ -161,38 +208,3 @@ class Template:
             start = match.end()
         if start < len(output):
             yield output[start:], None
-
-
-def _run(text: str, variables: Mapping[str, Any]) -> str:
-    deadline = time.monotonic() + _SECONDS
-    items = 0
-
-    def tick() -> None:
-        nonlocal items
-        items += 1
-        if items > _LOOP_ITEMS or time.monotonic() > deadline:
-            raise _Stop(f"more than {_LOOP_ITEMS} steps or {_SECONDS} s")
-
-    def counted(*bounds: int) -> Iterator[int]:
-        for value in range(*bounds):
-            tick()
-            yield value
-
-    def refuse(message: str) -> None:
-        raise _Stop(str(message))
-
-    sandbox = _Sandbox(tick)
-    sandbox.globals["range"] = counted
-    for unused in ("lipsum", "cycler"):
-        sandbox.globals.pop(unused, None)
-    template = sandbox.from_string(text)
-    parts: list[str] = []
-    size = 0
-    now = datetime.datetime(2000, 1, 1).strftime
-    for part in template.generate(**variables, raise_exception=refuse, strftime_now=now):
-        tick()
-        size += len(part)
-        if size > _OUTPUT_CHARS:
-            raise _Stop(f"more than {_OUTPUT_CHARS} characters")
-        parts.append(part)
-    return "".join(parts)

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,11 @@ class Corpus:
         """A corpus in memory from (ids, learned or None) pairs; ``source`` names it in errors, the row is its line."""
         rows = list(documents)
         offsets = np.concatenate([[0], np.cumsum([len(ids) for ids, _ in rows], dtype=np.int64)]).astype(np.int64)
-        tokens = np.asarray([token for ids, _ in rows for token in ids], dtype=np.int64)
+        tokens = np.fromiter(chain.from_iterable(ids for ids, _ in rows), np.int64, int(offsets[-1]))
         learned = None
         if any(mask is not None for _, mask in rows):
-            flags = [flag for ids, mask in rows for flag in (mask if mask is not None else [True] * len(ids))]
-            learned = np.asarray(flags, dtype=np.uint8)
+            flags = (mask if mask is not None else repeat(True, len(ids)) for ids, mask in rows)
+            learned = np.fromiter(chain.from_iterable(flags), np.uint8, int(offsets[-1]))
         total = xxhash.xxh3_128(tokens.tobytes())
         total.update(offsets.tobytes())
         total.update(b"" if learned is None else learned.tobytes())
@@ -120,9 +121,14 @@ class Corpus:
             raise DataError(
                 f"{folder}: corpus version {version}, {num_tokens} tokens; delete the folder to tokenise again"
             )
+        offsets = _map(folder / "offsets.bin", np.int64, (num_documents + 1,))
+        if offsets[0] != 0 or offsets[-1] != num_tokens or (np.diff(offsets) < 0).any():
+            raise DataError(
+                f"{folder / 'offsets.bin'}: not ascending from 0 to {num_tokens}; delete {folder} to tokenise again"
+            )
         return cls(
             tokens=_map(folder / "tokens.bin", token_type, (num_tokens,)),
-            offsets=_map(folder / "offsets.bin", np.int64, (num_documents + 1,)),
+            offsets=offsets,
             keys=_map(folder / "keys.bin", np.uint64, (num_documents,)),
             origins=_map(folder / "origins.bin", np.int64, (num_documents, 2)),
             learned=_map(folder / "learned.bin", np.uint8, (num_tokens,)) if masked else None,

@@ -100,5 +100,5 @@ class Packer:
         if len(bad):
             raise DataError(
                 f"sample {document} ({self.corpus.name(document)}): token {skip + int(bad[0])} has id "
-                f"{int(ids[bad[0]])}, expected 0 to {self.vocabulary - 1}; is this the tokenizer the model was made for?"
+                f"{int(ids[bad[0]])}, expected 0 to {self.vocabulary - 1}; is this the model's own tokenizer?"
             )

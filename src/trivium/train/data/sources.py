@@ -143,7 +143,8 @@ def find(
         else:
             files[path.resolve()] = Source(path=path, name=name, format=kind, take_bytes=size)
     if skipped:
-        _log.warning("skipped %s of %d files", ", ".join(f"{n} {why}" for why, n in skipped.items()), len(found))
+        level = logging.INFO if set(skipped) == {"empty"} else logging.WARNING
+        _log.log(level, "skipped %s of %d files", ", ".join(f"{n} {why}" for why, n in skipped.items()), len(found))
     if not files:
         given = ", ".join(str(path) for path in paths) or "the standard library"
         raise DataError(
