@@ -22,6 +22,8 @@ from trivium.base.errors import MismatchError, RankError
 from trivium.dist.ledger import Books
 
 Reduce = Literal["ordered", "native"]
+_ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Link:
@@ -74,13 +76,15 @@ class Comm:
     With one rank nothing is sent and nothing is counted.
     """
 
-    def __init__(self, axis: str, ranks: Sequence[int], rank: int, group: dist.ProcessGroup | None, link: Link) -> None:
+    def __init__(self, axis: str, ranks: Sequence[int], rank: int, group: dist.ProcessGroup | None, link: Link,
+                 *, on_cpu: bool = False) -> None:
         self.axis = axis
         self.ranks = tuple(ranks)
         self.size = len(self.ranks)
         self.rank = self.ranks.index(rank)
         self.group = group
         self.link = link
+        self._device = torch.device("cpu") if on_cpu else link.device
 
     @property
     def default_reduce(self) -> Reduce:
@@ -98,7 +102,7 @@ class Comm:
             return self._done()
         self._count("all_gather", phase, (self.size - 1) * shard.numel() * shard.element_size())
         ready_at_s = self.link.ready_at()
-        work = self._start("all_gather", phase, dist.all_gather_into_tensor, output, shard)
+        work = self._start("all_gather", phase, _ALL_GATHER, output, shard)
         return Handle(work, self.link, f"all_gather on {self.axis} ({phase})", ready_at_s, (output, shard))
 
     def all_to_all(self, received_Nc: torch.Tensor, send_Nc: torch.Tensor, phase: str) -> Handle:
@@ -120,15 +124,15 @@ class Comm:
             return self._done()
         self._count("reduce_scatter", phase, (self.size - 1) * shard.numel() * shard.element_size())
         ready_at_s = self.link.ready_at()
-        work = self._start("reduce_scatter", phase, dist.reduce_scatter_tensor, shard, send_Nc)
+        work = self._start("reduce_scatter", phase, _REDUCE_SCATTER, shard, send_Nc)
         return Handle(work, self.link, f"reduce_scatter on {self.axis} ({phase})", ready_at_s, (shard, send_Nc))
 
     def agree(self, numbers: Sequence[int], phase: str = "agree") -> list[list[int]]:
         """Every rank's ``numbers`` (int64, the same count everywhere), by rank."""
         if self.size == 1:
             return [list(numbers)]
-        mine = torch.tensor(numbers, dtype=torch.int64, device=self.link.device)
-        everyone = torch.empty(self.size * len(numbers), dtype=torch.int64, device=self.link.device)
+        mine = torch.tensor(numbers, dtype=torch.int64, device=self._device)
+        everyone = torch.empty(self.size * len(numbers), dtype=torch.int64, device=self._device)
         self.all_gather(everyone, mine, phase).wait()
         rows: list[list[int]] = everyone.view(self.size, -1).tolist()
         return rows
@@ -154,12 +158,12 @@ class Comm:
         """Every rank's JSON value, by rank. For small things: names, manifests, errors."""
         if self.size == 1:
             return [value]
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.link.device)
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self._device)
         lengths = [row[0] for row in self.agree([data.numel()])]
         longest = max(lengths)
-        mine = torch.zeros(longest, dtype=torch.uint8, device=self.link.device)
+        mine = torch.zeros(longest, dtype=torch.uint8, device=self._device)
         mine[: data.numel()] = data
-        everyone = torch.empty(longest * self.size, dtype=torch.uint8, device=self.link.device)
+        everyone = torch.empty(longest * self.size, dtype=torch.uint8, device=self._device)
         self.all_gather(everyone, mine, "agree").wait()
         rows = everyone.view(self.size, -1).cpu().numpy()
         return [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths, strict=True)]

@@ -70,20 +70,34 @@ class Mesh:
             return comm, self._solo(f"{axis}/across")
         inside, across = f"{axis}/{inner}", f"{axis}/{inner}/across"
         if inside not in self._comms:
-            every = [row for row in self._rows(axis)]
+            every = self._unique_rows(comm)
             self._comms[inside] = self._comm(inside, [row[i:i + inner] for row in every for i in range(0, len(row), inner)])
             self._comms[across] = self._comm(across, [row[i::inner] for row in every for i in range(inner)])
         return self._comms[inside], self._comms[across]
+
+    def channel(self, comm: Comm, name: str) -> Comm:
+        """The ranks of ``comm`` again, with an order of messages of their own. Collective over the whole mesh.
+
+        The ``control`` channel is for small agreements: on the CPU, whatever the device.
+        """
+        key = f"{comm.axis}#{name}"
+        if key not in self._comms:
+            rows = self._unique_rows(comm)
+            backend = "gloo" if name == "control" else None
+            for row in rows:
+                group = dist.new_group(row, backend=backend) if len(row) > 1 else None
+                if self.rank in row:
+                    self._comms[key] = Comm(comm.axis, row, self.rank, group, self.link, on_cpu=backend is not None)
+        return self._comms[key]
 
     def ledger(self) -> AbstractContextManager[Ledger]:
         """``with mesh.ledger() as sent:`` counts what this rank sends inside the block."""
         return self.link.books.open()
 
-    def _rows(self, axis: str) -> list[list[int]]:
-        rows: dict[tuple[int, ...], None] = {}
-        for ranks in self.comm("world").all_gather_json(list(self.comm(axis).ranks)):
-            rows[tuple(ranks)] = None
-        return [list(row) for row in rows]
+    def _unique_rows(self, comm: Comm) -> list[list[int]]:
+        """The groups of this axis, every rank's, in one order on every rank."""
+        rows = self.comm("world").all_gather_json(list(comm.ranks))
+        return [list(row) for row in dict.fromkeys(tuple(row) for row in rows)]
 
     def _solo(self, axis: str) -> Comm:
         return Comm(axis, [self.rank], self.rank, None, self.link)

@@ -1,0 +1,1 @@
+"""Bytes: what is held, where, and what is fetched ahead."""

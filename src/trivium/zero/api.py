@@ -1,0 +1,284 @@
+"""Shard a model and its optimizer over the data-parallel ranks: `shard`, and what one does with the result.
+
+ZeRO section 5 (ZeRO-DP), stages 0 to 3, for any nn.Module.
+
+Communication plan, per micro-batch and Ψ parameters: stages 0 to 2 send 2Ψ(N-1)/N elements per rank, stage 3 sends 3Ψ(N-1)/N;
+gathers are prefetched, reductions overlap the rest of backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, overload
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from trivium.base.errors import ConfigError
+from trivium.dist.mesh import Mesh
+from trivium.dist.shard import Entry, Piece, ShardMap, attach_shard_map, shard_map_of
+from trivium.memory.meter import Meter
+from trivium.zero.conductor import Meeting
+from trivium.zero.engine import Engine
+from trivium.zero.flat import Comms, Flat
+from trivium.zero.hooks import install
+from trivium.zero.materialize import Init, fill_buffers, fill_flat, replace_meta
+from trivium.zero.optimizer import ZeroOptimizer, cut_of, take_segments
+from trivium.zero.placement import Cut, ZeroConfig, lay_out
+from trivium.zero.scale import LossScale
+from trivium.zero.unit import Unit
+from trivium.zero.units import Units, UnitSpec, assign, names_by_identity, shared_units
+
+
+@dataclass(kw_only=True)
+class ZeroMap(ShardMap):
+    """The shard map of a module that `shard` cut, with the engine behind it."""
+
+    engine: Engine
+
+
+@overload
+def shard(model: nn.Module, optimizer: Sequence[Optimizer], mesh: Mesh, *, units: Units = ..., init: Init | None = ...,
+          elementwise: bool = ..., seed: int = ..., config: ZeroConfig | None = ..., **options: Any
+          ) -> tuple[nn.Module, list[ZeroOptimizer]]: ...
+@overload
+def shard(model: nn.Module, optimizer: Optimizer, mesh: Mesh, *, units: Units = ..., init: Init | None = ...,
+          elementwise: bool = ..., seed: int = ..., config: ZeroConfig | None = ..., **options: Any
+          ) -> tuple[nn.Module, ZeroOptimizer]: ...
+@overload
+def shard(model: nn.Module, optimizer: None, mesh: Mesh, *, units: Units = ..., init: Init | None = ...,
+          elementwise: bool = ..., seed: int = ..., config: ZeroConfig | None = ..., **options: Any
+          ) -> tuple[nn.Module, None]: ...
+def shard(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None, mesh: Mesh, *, units: Units = "auto",
+          init: Init | None = None, elementwise: bool = False, seed: int = 0, config: ZeroConfig | None = None,
+          **options: Any) -> tuple[nn.Module, ZeroOptimizer | list[ZeroOptimizer] | None]:
+    """Cut ``model``'s states over the ranks of ``mesh``'s data axis; every rank must call it with the same model.
+
+    Returns the same module object and the optimizer over this rank's segments (a list for a list, None for None).
+    ``units``: which modules are gathered together: ``"auto"`` (elements of the outermost lists of layers, large embeddings and
+    projections), a list of modules, or a predicate ``(name, module) -> bool``.
+    ``init``: ``init(name, tensor)`` fills a parameter or buffer that is on the meta device; None: the modules' own
+    ``reset_parameters``, seeded by (``seed``, name), so the values do not depend on the number of ranks.
+    ``elementwise``: promise that an optimizer class unknown to torch updates each element on its own.
+    ``options`` are the fields of `ZeroConfig`: stage, bucket_bytes, shard_size, keep_gathered, …
+    Raises ConfigError, and MismatchError when the ranks' models differ.
+    """
+    config = _configure(config, options)
+    if shard_map_of(model) is not None:
+        raise ConfigError("this model is sharded already: shard a module once")
+    optimizers = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    owner: dict[int, tuple[int, Cut]] = {}
+    for number, one in enumerate(optimizers):
+        cut = cut_of(one, elementwise)
+        for group in one.param_groups:
+            owner.update((id(param), (number, cut)) for param in group["params"])
+    _agree_on_model(model, mesh, config)
+    specs = assign(model, units, owner)
+    meter = Meter()
+    replaced = replace_meta(model, mesh.device)
+    fill_buffers(model, mesh.device, init, seed)
+    built = _build(model, specs, mesh, config, meter, init, seed, replaced)
+    scale = _loss_scale(config, built)
+    engine = Engine(built, mesh.channel(mesh.comm("dp"), "control"), config, meter, scale)
+    for number, one in enumerate(optimizers):
+        take_segments(one, [flat for flat in engine.flats if flat.optimizer == number], replaced)
+    install(engine)
+    _attach(model, engine)
+    wrapped = [ZeroOptimizer(one, number, engine) for number, one in enumerate(optimizers)]
+    return model, None if optimizer is None else wrapped[0] if isinstance(optimizer, Optimizer) else wrapped
+
+
+@contextmanager
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """Backward passes inside add up on this rank only; the first one outside reduces the sum. Holds whole gradients meanwhile."""
+    engine = engine_of(model)
+    before, engine.syncs = engine.syncs, False
+    try:
+        yield
+    finally:
+        engine.syncs = before
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """A module's parameters whole, at any stage: readable, and writable if every rank writes the same. Collective."""
+    engine = engine_of(module)
+    mine = {id(param) for param in module.parameters()}
+    units = [unit for unit in engine.units if any(id(param) in mine for flat in unit.flats for param in flat.params)]
+    with _visited(engine, units):
+        yield
+        with torch.no_grad():
+            for unit in units:
+                for flat in unit.flats:
+                    flat.absorb()
+
+
+def iter_full(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Canonical name and whole value of every parameter, one unit gathered at a time, then buffers. Collective.
+
+    The tensor is a view that is valid until the next one is asked for. Order is by unit.
+    """
+    engine = engine_of(model)
+    names = {id(param): name for name, param in model.named_parameters()}
+    for unit in engine.units:
+        inside = [(names[id(param)], param) for flat in unit.flats for param in flat.params if id(param) in names]
+        if inside:
+            with _visited(engine, [unit]):
+                for name, param in inside:
+                    yield name, param.detach()
+    yield from model.named_buffers()
+
+
+def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """On rank 0 exactly the bare module's ``state_dict`` (tied names twice, buffers too) as host tensors; elsewhere {}.
+
+    Collective; gathers one unit at a time.
+    """
+    engine = engine_of(model)
+    first = engine.control.rank == 0
+    values = {name: tensor.cpu().clone() for name, tensor in iter_full(model) if first}
+    if not first:
+        return {}
+    aliases = {name: canonical for canonical, names in names_by_identity(model).items() for name in names}
+    keys = _state_keys(model)
+    return {key: values[aliases.get(key, key)] for key in keys if aliases.get(key, key) in values}
+
+
+def engine_of(module: nn.Module) -> Engine:
+    """The engine of a sharded module or of a module inside one."""
+    found = shard_map_of(module)
+    if not isinstance(found, ZeroMap):
+        raise ConfigError(f"this {type(module).__name__} is not sharded: call trivium.zero.shard first")
+    return found.engine
+
+
+def meter_of(module: nn.Module) -> Meter:
+    """Bytes held for a sharded module on this rank, by category."""
+    return engine_of(module).meter
+
+
+@contextmanager
+def _visited(engine: Engine, units: Sequence[Unit]) -> Iterator[None]:
+    """Hold ``units`` gathered and pinned inside the block."""
+    engine.conductor.meet(Meeting.VISIT, [unit.number for unit in units[:1]])
+    held = [unit.held for unit in units]
+    for unit in units:
+        unit.pins += 1
+        if not unit.whole:
+            unit.start_gather("visit")
+            unit.finish_gather()
+    try:
+        yield
+    finally:
+        for unit, was_held in zip(units, held, strict=True):
+            unit.pins -= 1
+            if not was_held:
+                unit.release()
+
+
+def _configure(config: ZeroConfig | None, options: dict[str, Any]) -> ZeroConfig:
+    allowed = ZeroConfig.__dataclass_fields__
+    for name in options:
+        if name not in allowed:
+            raise ConfigError(f"shard got an unknown option {name!r}: expected one of {', '.join(allowed)}")
+    return replace(config or ZeroConfig(), **options)
+
+
+def _agree_on_model(model: nn.Module, mesh: Mesh, config: ZeroConfig) -> None:
+    described = [[name, str(param.dtype), list(param.shape), param.requires_grad] for name, param in model.named_parameters()]
+    everyone = mesh.comm("dp").all_gather_json(described)
+    for rank, other in enumerate(everyone):
+        for mine, theirs in zip(everyone[0], other, strict=False):
+            if mine != theirs:
+                mesh.comm("dp").require_equal(theirs if mesh.data_rank == rank else mine, "the model's parameter")
+        if len(other) != len(everyone[0]):
+            mesh.comm("dp").require_equal(len(described), "the model's number of parameters")
+    mesh.comm("dp").require_equal(repr(config), "the [zero] configuration")
+
+
+def _build(model: nn.Module, specs: Sequence[UnitSpec], mesh: Mesh, config: ZeroConfig, meter: Meter, init: Init | None,
+           seed: int, replaced: dict[int, nn.Parameter]) -> list[Unit]:
+    parameters = dict(model.named_parameters())
+    keep = shared_units(model, specs)
+    units = []
+    for number, spec in enumerate(specs):
+        flats = []
+        for key, names in spec.flats.items():
+            comms = _comms(mesh, key.axis, config)
+            params = [parameters[name] for name in names]
+            if params[0].device.type != mesh.device.type:
+                raise ConfigError(f"{names[0]} is on {params[0].device}, the mesh on {mesh.device}: call model.to(mesh.device) first")
+            layout = lay_out([p.numel() for p in params], comms.inside.size, key.dtype.itemsize, key.cut, comms.across.size)
+            flat = Flat(params, names, layout, config.row, comms, key.optimizer, key.cut == "parameter", meter)
+            fill_flat(model, flat, init, seed, replaced)
+            flats.append(flat)
+        units.append(Unit(number, spec.name, spec.module, flats, spec.name in keep))
+    return units
+
+
+def _comms(mesh: Mesh, axis: str, config: ZeroConfig) -> Comms:
+    world = mesh.comm(axis)
+    inside, across = mesh.split(axis, min(config.shard_size or world.size, world.size))
+    return Comms(world=world, inside=mesh.channel(inside, "gather"), across=across)
+
+
+def _loss_scale(config: ZeroConfig, units: Sequence[Unit]) -> LossScale:
+    half = any(flat.dtype is torch.float16 and flat.trainable for unit in units for flat in unit.flats)
+    if config.loss_scale == "dynamic" or (config.loss_scale == "auto" and half):
+        return LossScale(value=2.0**16, dynamic=True)
+    return LossScale(value=1.0 if config.loss_scale == "auto" else float(config.loss_scale))
+
+
+def _attach(model: nn.Module, engine: Engine) -> None:
+    """Give every module inside the map of its own parameters, under the names they have from there."""
+    pieces: dict[int, tuple[Flat, Piece | None]] = {}
+    for flat in engine.flats:
+        for index, param in enumerate(flat.params):
+            pieces[id(param)] = (flat, _piece(flat, index))
+    publish = _publisher(engine)
+    for module in model.modules():
+        entries: dict[str, Entry] = {}
+        by_id: dict[int, Entry] = {}
+        for name, param in module.named_parameters(remove_duplicate=False):
+            if id(param) in by_id:
+                by_id[id(param)].names = (*by_id[id(param)].names, name)
+                continue
+            flat, piece = pieces[id(param)]
+            entry = Entry(names=(name,), shape=param.shape, dtype=param.dtype, piece=piece, writes=flat.comms.across.rank == 0)
+            by_id[id(param)] = entries[name] = entry
+        attach_shard_map(module, ZeroMap(entries=entries, publish=publish, engine=engine))
+
+
+def _piece(flat: Flat, index: int) -> Piece | None:
+    """What this rank answers for of one parameter: its segment; where the optimizer is replicated, still only its shard of it."""
+    overlap = flat.layout.overlap(index, flat.comm.rank)
+    segment = flat.segments[index]
+    if overlap is None or segment is None:
+        return None
+    return Piece(start=overlap.start if flat.row.optimizer else 0, tensor=segment)
+
+
+def _publisher(engine: Engine) -> Callable[[], None]:
+    @torch.no_grad()
+    def publish() -> None:
+        engine.release(keep=False)
+        for flat in engine.flats:
+            handle = flat.start_publish()
+            if handle is not None:
+                handle.wait()
+
+    return publish
+
+
+def _state_keys(model: nn.Module) -> list[str]:
+    persistent = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    keys: list[str] = []
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        keys += [dot + name for name, param in module._parameters.items() if param is not None]
+        keys += [dot + name for name, buffer in module._buffers.items()
+                 if buffer is not None and name not in module._non_persistent_buffers_set]
+    return keys or persistent

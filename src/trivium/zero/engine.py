@@ -1,0 +1,329 @@
+"""What happens to a sharded model between the first forward and the optimizer's step.
+
+ZeRO sections 5.2 and 5.3: gradients go to their owner as soon as a unit's are complete, parameters are dropped.
+
+[Note: order of reduction]
+Flats are reduced in one order on every rank: that in which rank 0 completed them in the first backward. A flat is launched as soon as it
+is complete here and all before it have been launched; the rest follow at the end of backward, when the ranks have
+told each other which parameters were used. A flat that nobody used is not reduced, a parameter that nobody used is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from trivium.base.errors import ConfigError
+from trivium.dist.comm import Comm
+from trivium.memory.meter import Meter
+from trivium.zero.bucket import Reducer
+from trivium.zero.conductor import Conductor, Meeting, Rows
+from trivium.zero.flat import Flat
+from trivium.zero.placement import ZeroConfig
+from trivium.zero.scale import LossScale
+from trivium.zero.torch_private import at_end_of_backward, backward_id
+from trivium.zero.unit import Unit
+
+_WORD = 62
+
+
+class Engine:
+    """The sharded states of one model and the passes over them."""
+
+    def __init__(self, units: Sequence[Unit], control: Comm, config: ZeroConfig, meter: Meter, scale: LossScale) -> None:
+        self.units, self.control, self.config, self.meter, self.scale = tuple(units), control, config, meter, scale
+        self.flats = tuple(flat for unit in units for flat in unit.flats)
+        self.trainable = tuple(flat for flat in self.flats if flat.trainable)
+        self.reducer = Reducer(config, meter)
+        self.syncs = True
+        self.finite = True
+        self.num_params = sum(len(flat.params) for flat in self.trainable)
+        num_words = 1 + -(-self.num_params // _WORD)
+        self.conductor = Conductor(units, control, num_words, config.prefetch, self._reduce_with)
+        self._order = list(reversed(range(len(self.trainable))))
+        self._order_known = False
+        self._completed: list[int] = []
+        self._launched = 0
+        self._ready: set[int] = set()
+        self._has_sum: set[int] = set()
+        self._marked: set[int] = set()
+        self._used: dict[int, set[int]] = {}
+        self._number = {id(flat): number for number, flat in enumerate(self.trainable)}
+        self._unit_of = {id(flat): unit for unit in self.units for flat in unit.flats}
+        self._in_backward = False
+        self._backward_id = -1
+        self._deferred = False
+        self._micro_batches = 0
+        self._accumulating: bool | None = None
+
+    # ------------------------------------------------------------------ forward
+
+    def begin_forward(self) -> None:
+        """The root module is about to run."""
+        if self.recomputing:
+            return
+        if self._in_backward:
+            self._forget_backward()
+        for flat in self.flats:
+            if not flat.trainable and any(param.requires_grad for param in flat.params):
+                raise ConfigError(f"{flat.names[0]} was frozen when the model was sharded and requires a gradient now: "
+                                  "set requires_grad before calling shard")
+        self.conductor.begin(Meeting.FORWARD, "forward with gradient" if torch.is_grad_enabled() else "forward")
+
+    def end_forward(self) -> None:
+        """The root module has run."""
+        if self.recomputing:
+            return
+        self.conductor.end()
+        if not torch.is_grad_enabled():
+            self.release(keep=False)
+
+    @property
+    def recomputing(self) -> bool:
+        """Whether a forward that runs now is part of a backward pass."""
+        return self._in_backward and backward_id() != -1
+
+    def enter(self, unit: Unit) -> None:
+        """``unit`` is about to run."""
+        self.conductor.need(unit)
+
+    def leave(self, unit: Unit) -> None:
+        """``unit`` has run."""
+        if self.recomputing or (torch.is_grad_enabled() and (unit.keep or self.config.keep_gathered)):
+            return
+        unit.release()
+        self.conductor.top_up()
+
+    def release(self, *, keep: bool) -> None:
+        """Drop gathered parameters; with ``keep`` not those that stay until backward."""
+        for unit in self.units:
+            if unit.held and not (keep and unit.keep):
+                unit.release()
+
+    # ------------------------------------------------------------------ backward
+
+    def begin_backward(self) -> None:
+        """The first hook of a backward pass; harmless when it has begun already."""
+        if self._in_backward:
+            return
+        self._in_backward, self._backward_id, self._deferred = True, backward_id(), False
+        at_end_of_backward(self.end_backward)
+        self._unmark()
+        if self.syncs:
+            self._begin_reduction()
+        self.conductor.begin(Meeting.BACKWARD, "backward")
+
+    def enter_backward(self, unit: Unit) -> None:
+        """A gradient has reached ``unit``'s outputs."""
+        self.begin_backward()
+        self.conductor.need(unit)
+        unit.expect()
+
+    def pass_inputs(self, unit: Unit) -> None:
+        """The gradients of one call's inputs are done: nothing before them reads ``unit`` any more."""
+        unit.pending_inputs -= 1
+        self._check(unit)
+
+    def arrive(self, unit: Unit, flat: Flat, index: int) -> None:
+        """The gradient of one parameter has been accumulated."""
+        self.begin_backward()
+        param = flat.params[index]
+        if backward_id() != self._backward_id:
+            self._deferred = True
+        if self.syncs and not flat.row.gradient and param.grad is not None:
+            flat.gradient_memory(self.reducer.gradient_dtype(flat))
+            view = flat.gradient_views[index]
+            if param in unit.arrived:
+                view.add_(param.grad)
+            else:
+                view.copy_(param.grad)
+            param.grad = None
+        unit.arrived.add(param)
+        self._check(unit)
+
+    def end_backward(self) -> None:
+        """All gradients of this backward pass are here."""
+        self.conductor.end()
+        if self.syncs:
+            self._micro_batches += 1
+            self._reduce_with(self.conductor.meet(Meeting.REDUCE, self._words()))
+        for unit in self.units:
+            unit.reset()
+        self.release(keep=False)
+        self._in_backward = False
+
+    # ------------------------------------------------------------------ between backward and step
+
+    def zero_grad(self, flats: Sequence[Flat]) -> None:
+        """Forget reduced and local gradients of ``flats``; their memory stays for the next step."""
+        for flat in flats:
+            number = self._number[id(flat)]
+            self._has_sum.discard(number)
+            self._marked.discard(number)
+            self._used.pop(number, None)
+            for index, param in enumerate(flat.params):
+                param.grad = None
+                segment = flat.segments[index]
+                if segment is not None:
+                    segment.grad = None
+        self.finite = True
+
+    def used_parts(self, flats: Sequence[Flat]) -> list[torch.Tensor]:
+        """What this rank reduced of the flats that have a gradient: each element of the model on one rank only."""
+        return [flat.own_part() for flat in flats if self._used.get(self._number[id(flat)])]
+
+    def after_step(self) -> None:
+        """A step was taken or skipped: learn whether gradients accumulate over several micro-batches."""
+        if self._micro_batches:
+            self._accumulating = self._micro_batches > 1
+            self._micro_batches = 0
+        if not self._accumulating:
+            self.reducer.drop_sums()
+
+    def _unmark(self) -> None:
+        for number in self._marked:
+            flat = self.trainable[number]
+            if all(param.grad is None for param in flat.params):
+                self._has_sum.discard(number)
+            for param in flat.params:
+                param.grad = None
+        self._marked.clear()
+
+    def _begin_reduction(self) -> None:
+        keep = self.config.average and self._accumulating is not False
+        self._launched, self._ready = 0, set()
+        for number, flat in enumerate(self.trainable):
+            accumulate = number in self._has_sum
+            if not accumulate:
+                self._used.pop(number, None)
+                self._clear_segments(flat)
+            self.reducer.begin(flat, accumulate=accumulate, keep_sum=keep, divided=self.config.average)
+        if not self._has_sum:
+            self.finite = True
+
+    def _clear_segments(self, flat: Flat) -> None:
+        for segment in flat.segments:
+            if segment is not None:
+                segment.grad = None
+
+    def _check(self, unit: Unit) -> None:
+        if self._deferred or not unit.complete:
+            return
+        if self.syncs:
+            for flat in unit.flats:
+                if flat.trainable:
+                    self._ready.add(self._number[id(flat)])
+                    self._completed.append(self._number[id(flat)])
+            while self._launched < len(self._order) and self._order[self._launched] in self._ready:
+                self._launch(self._order[self._launched])
+        unit.release()
+        self.conductor.top_up()
+
+    def _launch(self, number: int) -> None:
+        flat = self.trainable[number]
+        unit = self._unit_of[id(flat)]
+        gradients = [param.grad for param in flat.params]
+        if not flat.row.gradient:
+            flat.gradient_memory(self.reducer.gradient_dtype(flat))
+            for index, (param, gradient) in enumerate(zip(flat.params, gradients, strict=True)):
+                if gradient is not None:
+                    flat.gradient_views[index].copy_(gradient)
+                elif param not in unit.arrived:
+                    flat.gradient_views[index].fill_(-0.0)
+        self.reducer.reduce(flat, gradients)
+        for param in flat.params:
+            param.grad = None
+        self._launched += 1
+
+    def _words(self) -> list[int]:
+        """How far this rank has launched, and a bit per parameter that has a gradient here."""
+        bits = [param in unit.arrived or param.grad is not None
+                for unit in self.units for flat in unit.flats if flat.trainable for param in flat.params]
+        words = [sum(bit << place for place, bit in enumerate(bits[start:start + _WORD])) for start in range(0, len(bits), _WORD)]
+        return [self._launched, *words]
+
+    def _reduce_with(self, rows: Rows) -> None:
+        """Finish the reduction that all ranks have come to; a rank without a backward of its own joins with nothing."""
+        if not self._in_backward:
+            self._unmark()
+            self._begin_reduction()
+        reducing = [row for row in rows if row[0] == Meeting.REDUCE]
+        used = self._used_by_anyone(reducing)
+        for number in self._order[self._launched:max(row[1] for row in reducing)]:
+            self._launch(number)
+        for number in self._order[self._launched:]:
+            if used[number]:
+                self._launch(number)
+        self._launched = len(self._order)
+        self.reducer.finish()
+        self._complete(used)
+        self._learn_order()
+
+    def _used_by_anyone(self, rows: Rows) -> list[set[int]]:
+        together = [0] * (len(rows[0]) - 2)
+        for row in rows:
+            together = [mine | theirs for mine, theirs in zip(together, row[2:], strict=True)]
+        used: list[set[int]] = []
+        position = 0
+        for flat in self.trainable:
+            used.append({index for index in range(len(flat.params))
+                         if together[(position + index) // _WORD] >> (position + index) % _WORD & 1})
+            position += len(flat.params)
+        return used
+
+    def _complete(self, used: Sequence[set[int]]) -> None:
+        handles = [self.reducer.complete(flat) for flat, indices in zip(self.trainable, used, strict=True) if indices]
+        for handle in handles:
+            if handle is not None:
+                handle.wait()
+        finite = all(_is_finite(flat.own_part()) for flat, indices in zip(self.trainable, used, strict=True) if indices)
+        self.finite = self.control.all_reduce_ints([int(not finite)], "max")[0] == 0 and self.finite
+        for number, (flat, indices) in enumerate(zip(self.trainable, used, strict=True)):
+            if indices:
+                self._used.setdefault(number, set()).update(indices)
+                self._has_sum.add(number)
+            everything = self._used.get(number)
+            if everything:
+                self._mark(number, flat, everything)
+
+    def _mark(self, number: int, flat: Flat, used: set[int]) -> None:
+        """Show the reduced gradient where users look: whole on the parameters at stage 0, else on the segments."""
+        if not self.finite:
+            flat.gradient_memory(flat.dtype).fill_(float("nan"))
+        for index in used:
+            segment = flat.segments[index]
+            if segment is not None:
+                if flat.low_precision:
+                    segment.grad_dtype = self.reducer.gradient_dtype(flat)
+                segment.grad = flat.gradient_of(index)
+            flat.params[index].grad = flat.nan_views[index] if flat.row.optimizer else flat.gradient_views[index]
+        self._marked.add(number)
+
+    def _learn_order(self) -> None:
+        if self._order_known:
+            return
+        seen = dict.fromkeys(self._completed)
+        self._order = self.control.broadcast_json([*seen, *(number for number in self._order if number not in seen)])
+        self._order_known = True
+
+    def _forget_backward(self) -> None:
+        """A backward pass broke off with an error: drop what it left."""
+        self.reducer.finish()
+        for unit in self.units:
+            unit.reset()
+        self.release(keep=False)
+        self._in_backward = False
+
+
+def _is_finite(part: torch.Tensor) -> bool:
+    if part.numel() == 0:
+        return True
+    low, high = torch.aminmax(part)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def parameters_of(flats: Sequence[Flat]) -> list[nn.Parameter]:
+    """All parameters of ``flats``."""
+    return [param for flat in flats for param in flat.params]

@@ -1,0 +1,133 @@
+"""Which modules are gathered together, and which flat buffers their parameters form.
+
+ZeRO section 7.2.2: parameters are gathered just before their layer runs. Works on meta modules as well: the planner uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from trivium.base.errors import ConfigError
+from trivium.dist.shard import Placement
+from trivium.zero.placement import Cut
+
+Units = str | Iterable[nn.Module] | Callable[[str, nn.Module], bool]
+_OWN_UNIT_NUMEL = 2**16
+
+
+@dataclass(frozen=True)
+class FlatKey:
+    """Parameters with equal keys in one unit share a flat buffer."""
+
+    dtype: torch.dtype
+    device: torch.device
+    trainable: bool
+    optimizer: int | None
+    cut: Cut
+    axis: str
+
+
+@dataclass(kw_only=True)
+class UnitSpec:
+    """A module whose own parameters (not those of units inside it) are gathered and reduced together."""
+
+    name: str
+    module: nn.Module
+    flats: dict[FlatKey, list[str]] = field(default_factory=dict)
+
+
+def assign(root: nn.Module, units: Units, owner: Mapping[int, tuple[int, Cut]]) -> list[UnitSpec]:
+    """Cut ``root`` into units, the root's first, then in the order of ``named_modules``.
+
+    ``owner`` maps ``id(parameter)`` to (optimizer index, cut). A parameter that several units use belongs to the
+    innermost unit around all of them. Units without parameters are left out, except the root.
+    """
+    chosen = _choose(root, units)
+    specs = {name: UnitSpec(name=name, module=module) for name, module in root.named_modules() if name in chosen}
+    for names, parameter in _by_identity(root).values():
+        home = _home(names, specs)
+        number, cut = owner.get(id(parameter), (None, "element"))
+        key = FlatKey(parameter.dtype, parameter.device, parameter.requires_grad, number, cut, _axis(root, names[0]))
+        specs[home].flats.setdefault(key, []).append(names[0])
+    return [spec for name, spec in specs.items() if spec.flats or name == ""]
+
+
+def shared_units(root: nn.Module, specs: Sequence[UnitSpec]) -> set[str]:
+    """Names of the units that stay gathered from forward to backward: the root's, and the last one run before backward."""
+    return {"", specs[-1].name}
+
+
+def names_by_identity(root: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Canonical name → all names of each parameter, in the order of ``named_parameters``."""
+    return {names[0]: tuple(names) for names, _ in _by_identity(root).values()}
+
+
+def _choose(root: nn.Module, units: Units) -> set[str]:
+    named = dict(root.named_modules())
+    if isinstance(units, str):
+        if units != "auto":
+            raise ConfigError(f"units={units!r}: expected 'auto', a list of modules, or a predicate (name, module) -> bool")
+        return {""} | _automatic(root)
+    if callable(units):
+        return {""} | {name for name, module in named.items() if units(name, module)}
+    by_id = {id(module): name for name, module in named.items()}
+    chosen = {""}
+    for module in units:
+        if id(module) not in by_id:
+            raise ConfigError(f"units names a {type(module).__name__} that is not inside the model")
+        chosen.add(by_id[id(module)])
+    return chosen
+
+
+def _automatic(root: nn.Module) -> set[str]:
+    """Elements of the outermost lists of layers, and large embeddings and projections outside of them."""
+    chosen: set[str] = set()
+    for name, module in root.named_modules():
+        if name == "" and not isinstance(module, nn.ModuleList | nn.Sequential):
+            continue
+        if any(name == unit or name.startswith(unit + ".") for unit in chosen):
+            continue
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            inside = [f"{name}.{child}" if name else child for child, layer in module.named_children()
+                      if any(True for _ in layer.parameters())]
+            chosen.update(inside)
+        elif isinstance(module, nn.Embedding | nn.Linear) and sum(p.numel() for p in module.parameters()) >= _OWN_UNIT_NUMEL:
+            chosen.add(name)
+    return chosen
+
+
+def _by_identity(root: nn.Module) -> dict[int, tuple[list[str], nn.Parameter]]:
+    found: dict[int, tuple[list[str], nn.Parameter]] = {}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), ([], parameter))[0].append(name)
+    return found
+
+
+def _home(names: Sequence[str], specs: Mapping[str, UnitSpec]) -> str:
+    paths = [name.split(".")[:-1] for name in names]
+    common = paths[0]
+    for path in paths[1:]:
+        length = next((i for i, (a, b) in enumerate(zip(common, path, strict=False)) if a != b), min(len(common), len(path)))
+        common = common[:length]
+    while common and ".".join(common) not in specs:
+        common = common[:-1]
+    return ".".join(common)
+
+
+def _axis(root: nn.Module, name: str) -> str:
+    """The axis declared by the nearest module around the parameter that declares one."""
+    path = name.split(".")[:-1]
+    axis, module = _declared(root) or "dp", root
+    for part in path:
+        module = module.get_submodule(part)
+        axis = _declared(module) or axis
+    return axis
+
+
+def _declared(module: nn.Module) -> str | None:
+    placement = module.__dict__.get("placement")
+    return placement.axis if isinstance(placement, Placement) else None
