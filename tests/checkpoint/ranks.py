@@ -13,6 +13,15 @@ from torch import nn
 
 from trivium.dist.shard import Entry, Piece, ShardMap, attach_shard_map
 
+_SEEDING = threading.Lock()
+
+
+def seeded(seed: int, build: Callable[[], Any]) -> Any:
+    """What `build` makes after `seed` is set; one thread at a time, for the generator is the process's."""
+    with _SEEDING:
+        torch.manual_seed(seed)
+        return build()
+
 
 class _Room:
     def __init__(self, size: int) -> None:
@@ -71,10 +80,12 @@ def all_ok(results: list[Any]) -> list[Any]:
 class Cut:
     """A model of which this rank keeps, of each parameter, the elements between `cuts[rank]` and `cuts[rank + 1]`.
 
-    The pieces are copies (as fp32 masters are); `publish` writes them back into the module's own parameters, this rank's range only.
+    The pieces are copies (as fp32 masters are); `publish` writes them back into the module.
     """
 
-    def __init__(self, model: nn.Module, rank: int, cuts: dict[str, Sequence[int]], optimizer: Callable[..., Any] | None) -> None:
+    def __init__(
+        self, model: nn.Module, rank: int, cuts: dict[str, Sequence[int]], optimizer: Callable[..., Any] | None
+    ) -> None:
         self.model, self.published = model, 0
         entries: dict[str, Entry] = {}
         owners: dict[int, str] = {}
@@ -103,7 +114,7 @@ class Cut:
             for name, parameter in self.model.named_parameters():
                 piece = self.entries[name].piece
                 if piece is not None:
-                    parameter.data.view(-1)[piece.start:piece.start + piece.tensor.numel()].copy_(piece.tensor)
+                    parameter.data.view(-1)[piece.start : piece.start + piece.tensor.numel()].copy_(piece.tensor)
 
     def step(self, seed: int) -> None:
         """One optimizer step on gradients that depend on name and element only, not on the cut."""
@@ -112,12 +123,14 @@ class Cut:
             generator = torch.Generator().manual_seed(seed * 1000 + list(self.entries).index(name))
             whole = torch.randn(entry.shape.numel(), generator=generator)
             assert entry.piece is not None, index
-            tensor.grad = whole[entry.piece.start:entry.piece.start + tensor.numel()].clone()
+            tensor.grad = whole[entry.piece.start : entry.piece.start + tensor.numel()].clone()
         if self.optimizer is not None:
             self.optimizer.step()
 
 
 def even(model: nn.Module, size: int) -> dict[str, list[int]]:
     """Cuts of every parameter into `size` even parts, the first ones larger."""
-    return {name: [-(-parameter.numel() * rank // size) for rank in range(size + 1)]
-            for name, parameter in model.named_parameters()}
+    return {
+        name: [-(-parameter.numel() * rank // size) for rank in range(size + 1)]
+        for name, parameter in model.named_parameters()
+    }

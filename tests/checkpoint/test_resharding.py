@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.checkpoint.ranks import Cut, all_ok, even, on_ranks
+from tests.checkpoint.ranks import Cut, all_ok, even, on_ranks, seeded
 from trivium import checkpoint
 from trivium.base.errors import CheckpointError, MismatchError
 
@@ -29,8 +29,7 @@ class Model(nn.Module):
 
 
 def make(seed: int = 0, dtype: torch.dtype = torch.float32) -> Model:
-    torch.manual_seed(seed)
-    return Model(dtype)
+    return seeded(seed, lambda: Model(dtype))
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -60,7 +59,7 @@ def whole_states(cuts: list[Cut]) -> dict[str, torch.Tensor]:
                     rows[key] = value
                     continue
                 rows.setdefault(key, torch.full((entry.shape.numel(),), float("nan")))
-                rows[key][piece.start:piece.start + piece.tensor.numel()] = value.flatten()
+                rows[key][piece.start : piece.start + piece.tensor.numel()] = value.flatten()
         found |= {f"{name}/{key}": value for key, value in rows.items()}
     return found
 
@@ -78,7 +77,9 @@ def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path: Path, writers:
 
     def save(peers: Any) -> Any:
         cut = wrote[peers.rank]
-        return checkpoint.save(tmp_path / "run" / "step-2", model=cut.model, optimizer=cut.optimizer, extra={"step": 2}, mesh=peers)
+        return checkpoint.save(
+            tmp_path / "run" / "step-2", model=cut.model, optimizer=cut.optimizer, extra={"step": 2}, mesh=peers
+        )
 
     path = all_ok(on_ranks(writers, save))[0]
 
@@ -111,11 +112,19 @@ SIZES = {name: parameter.numel() for name, parameter in make().named_parameters(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(writer=_random_cuts(SIZES), reader=_random_cuts(SIZES), unsharded=st.booleans(), seed=st.integers(0, 10**6))
-def test_random_cuts(tmp_path_factory: pytest.TempPathFactory, writer: Any, reader: Any, unsharded: bool, seed: int) -> None:
+def test_random_cuts(
+    tmp_path_factory: pytest.TempPathFactory, writer: Any, reader: Any, unsharded: bool, seed: int
+) -> None:
     folder = tmp_path_factory.mktemp("cuts")
     wrote = all_ok(on_ranks(writer[0], lambda peers: trained(peers, writer[1])))
-    all_ok(on_ranks(writer[0], lambda peers: checkpoint.save(
-        folder / "c", model=wrote[peers.rank].model, optimizer=wrote[peers.rank].optimizer, mesh=peers)))
+    all_ok(
+        on_ranks(
+            writer[0],
+            lambda peers: checkpoint.save(
+                folder / "c", model=wrote[peers.rank].model, optimizer=wrote[peers.rank].optimizer, mesh=peers
+            ),
+        )
+    )
     expected = whole_states(wrote)
     if unsharded:
         model = make(seed)
@@ -126,8 +135,14 @@ def test_random_cuts(tmp_path_factory: pytest.TempPathFactory, writer: Any, read
             assert torch.equal(optimizer.state[parameter]["exp_avg"].flatten(), expected[f"{name}/exp_avg"])
         return
     got = all_ok(on_ranks(reader[0], lambda peers: Cut(make(seed), peers.rank, reader[1], adamw)))
-    all_ok(on_ranks(reader[0], lambda peers: checkpoint.load(
-        folder / "c", model=got[peers.rank].model, optimizer=got[peers.rank].optimizer, mesh=peers)))
+    all_ok(
+        on_ranks(
+            reader[0],
+            lambda peers: checkpoint.load(
+                folder / "c", model=got[peers.rank].model, optimizer=got[peers.rank].optimizer, mesh=peers
+            ),
+        )
+    )
     assert_same(expected, whole_states(got))
 
 
@@ -200,7 +215,9 @@ def test_states_of_every_kind_come_back(tmp_path: Path, name: str) -> None:
 def test_hyper_parameters_groups_and_several_optimizers_come_back(tmp_path: Path) -> None:
     def build(lr: float) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-        first = torch.optim.Adam([{"params": [model[0].weight], "lr": lr, "betas": (0.5, lr)}, {"params": [model[0].bias]}], lr=lr)
+        first = torch.optim.Adam(
+            [{"params": [model[0].weight], "lr": lr, "betas": (0.5, lr)}, {"params": [model[0].bias]}], lr=lr
+        )
         return model, [first, torch.optim.SGD(model[1].parameters(), lr=torch.tensor(lr), momentum=0.5)]
 
     model, optimizers = build(0.25)
@@ -214,7 +231,9 @@ def test_hyper_parameters_groups_and_several_optimizers_come_back(tmp_path: Path
     assert others[0].param_groups[0] is group
     assert (group["lr"], group["betas"]) == (0.25, (0.5, 0.25))
     assert others[1].param_groups[0]["lr"].item() == 0.25
-    assert torch.equal(others[1].state[other[1].weight]["momentum_buffer"], optimizers[1].state[model[1].weight]["momentum_buffer"])
+    assert torch.equal(
+        others[1].state[other[1].weight]["momentum_buffer"], optimizers[1].state[model[1].weight]["momentum_buffer"]
+    )
 
 
 def test_a_fresh_checkpoint_clears_the_state_of_a_used_optimizer(tmp_path: Path) -> None:
@@ -235,8 +254,17 @@ def trained_plain() -> tuple[Model, torch.optim.Optimizer]:
 
 
 def test_extra_keeps_types(tmp_path: Path) -> None:
-    extra = {"step": 3, "best": float("inf"), "nan": float("nan"), "pair": (1, [2.5, None]), 7: "int key", "$odd": True,
-             "rng": torch.get_rng_state(), "raw": b"\x00\xff", "deep": {"a": {"b": -0.0}}}
+    extra = {
+        "step": 3,
+        "best": float("inf"),
+        "nan": float("nan"),
+        "pair": (1, [2.5, None]),
+        7: "int key",
+        "$odd": True,
+        "rng": torch.get_rng_state(),
+        "raw": b"\x00\xff",
+        "deep": {"a": {"b": -0.0}},
+    }
     model = nn.Linear(2, 2)
     checkpoint.save(tmp_path / "c", model=model, extra=extra)
     found = checkpoint.load(tmp_path / "c", model=model)
@@ -261,8 +289,7 @@ def test_a_strided_parameter_and_a_compiled_model(tmp_path: Path) -> None:
 
 def test_only_a_part_of_the_model_is_sharded(tmp_path: Path) -> None:
     def build(peers: Any, seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+        model = seeded(seed, lambda: nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)}))
         Cut(model["b"], peers.rank, even(model["b"], 2), None)
         return model
 
@@ -270,8 +297,7 @@ def test_only_a_part_of_the_model_is_sharded(tmp_path: Path) -> None:
         checkpoint.save(tmp_path / "c", model=build(peers, 0), mesh=peers)
 
     all_ok(on_ranks(2, save))
-    torch.manual_seed(0)
-    expected = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    expected = seeded(0, lambda: nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)}))
     found = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     checkpoint.load(tmp_path / "c", model=found)
     for name, value in expected.state_dict().items():
@@ -290,7 +316,11 @@ def test_released_and_meta_parameters_are_refused(tmp_path: Path) -> None:
 
 
 def test_pieces_with_a_hole_or_an_overlap_are_refused(tmp_path: Path) -> None:
-    for cuts, words in (({"weight": [[0, 3], [4, 6]]}, "leave a hole at element 3"), ({"weight": [[0, 4], [3, 6]]}, "overlap")):
+    for cuts, words in (
+        ({"weight": [[0, 3], [4, 6]]}, "leave a hole at element 3"),
+        ({"weight": [[0, 4], [3, 6]]}, "overlap"),
+    ):
+
         def save(peers: Any, cuts: Any = cuts) -> None:
             model = nn.Linear(3, 2, bias=False)
             start, end = cuts["weight"][peers.rank]
@@ -304,7 +334,9 @@ def test_pieces_with_a_hole_or_an_overlap_are_refused(tmp_path: Path) -> None:
 
 
 def test_differences_are_a_table_and_strict_false_skips_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    checkpoint.save(tmp_path / "c", model=nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 3), "c": nn.Linear(1, 1)}))
+    checkpoint.save(
+        tmp_path / "c", model=nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 3), "c": nn.Linear(1, 1)})
+    )
     other = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 4), "d": nn.Linear(1, 1)})
     before = other["b"].weight.clone()
     with pytest.raises(CheckpointError) as caught:

@@ -65,20 +65,25 @@ def _candidates(folder: Path, policy: str) -> list[Path]:
     if policy not in ("auto", "must"):
         path = Path(policy)
         if not path.is_dir():
-            raise CheckpointError(f"resume={policy}: no such checkpoint. Give a checkpoint's folder, or auto, must or never")
+            raise CheckpointError(
+                f"resume={policy}: no such checkpoint. Give a checkpoint's folder, or auto, must or never"
+            )
         return [path]
     found = _complete(folder)
     if policy == "must" and not found:
-        raise CheckpointError(f"resume=must, but there is no complete checkpoint in {folder}. Check the path, or use resume=auto to "
-                              "start anew when there is none")
+        raise CheckpointError(
+            f"resume=must, but there is no complete checkpoint in {folder}. Check the path, or use resume=auto to "
+            "start anew when there is none"
+        )
     return found
 
 
 def resume(folder: str | Path, policy: str = "auto") -> Path | None:
     """Which checkpoint a run in ``folder`` goes on from.
 
-    ``auto``: the newest complete one, None when there is none. ``must``: the same, but it is an error when there is none. ``never``: None.
-    Anything else is the path of a checkpoint. Reads no tensors; `load_resumable` also falls back from damage inside them.
+    ``auto``: the newest complete one, None when there is none. ``must``: the same, but none is an error. ``never``:
+    None. Anything else is the path of a checkpoint. Reads no tensors; `load_resumable` also falls back from damage
+    inside them.
 
     Raises:
         CheckpointError: there is none and there must be.
@@ -96,7 +101,7 @@ def load_resumable(
     mesh: Mesh | Peers | None = None,
     strict: bool = True,
 ) -> Resumed | None:
-    """`resume` and `load` in one: with ``auto`` and ``must``, a damaged checkpoint is passed over, loudly, for the one before.
+    """`resume` and `load` in one: with ``auto`` and ``must`` a damaged checkpoint is passed over, loudly.
 
     Collective. None means: start anew. A checkpoint of another model is not passed over.
 
@@ -106,8 +111,11 @@ def load_resumable(
     if not policy:
         raise ConfigError("resume is empty: expected auto, must, never or a checkpoint's folder")
     peers = peers_of(mesh)
-    names = together(peers, "choosing a checkpoint",
-                     lambda: [str(path) for path in _candidates(Path(folder), policy)] if peers.rank == 0 else [])
+    names = together(
+        peers,
+        "choosing a checkpoint",
+        lambda: [str(path) for path in _candidates(Path(folder), policy)] if peers.rank == 0 else [],
+    )
     names = peers.broadcast_json(names)
     failures: list[str] = []
     for name in names:
@@ -121,6 +129,8 @@ def load_resumable(
             continue
         return Resumed(folder=Path(name), extra=extra)
     if failures:
-        raise CheckpointError(f"all {len(failures)} checkpoints in {folder} are damaged; the newest: {failures[0]}. Use resume=never to "
-                              "start anew")
+        raise CheckpointError(
+            f"all {len(failures)} checkpoints in {folder} are damaged; the newest: {failures[0]}. Use resume=never to "
+            "start anew"
+        )
     return None

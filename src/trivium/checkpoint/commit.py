@@ -1,4 +1,4 @@
-"""All or nothing on disk: a temporary folder, one rename, then retention; at no instant is the newest complete one lost.
+"""All or nothing on disk: a temporary folder, one rename, then retention; the newest complete one is never lost.
 
 No paper: the protocol is docs/checkpoints.md's. Only rank 0 calls these functions.
 """
@@ -53,7 +53,9 @@ def check_folder(folder: str | Path) -> None:
         probe.rmdir()
     except OSError as error:
         what = "is not a folder" if isinstance(error, (FileExistsError, NotADirectoryError)) else "cannot be written"
-        raise ConfigError(f"checkpoint folder {path} {what}: {error.strerror}. Choose a folder you may write") from error
+        raise ConfigError(
+            f"checkpoint folder {path} {what}: {error.strerror}. Choose a folder you may write"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -90,8 +92,10 @@ def _take(path: Path) -> int | None:
             holder = _holder(path)
             if (holder.get("pid"), holder.get("host")) == (os.getpid(), socket.gethostname()):
                 return None
-            raise CheckpointError(f"{path.parent} is being written by process {holder.get('pid', '?')} on host "
-                                  f"{holder.get('host', '?')} ({path}): give each run a folder of its own") from error
+            raise CheckpointError(
+                f"{path.parent} is being written by process {holder.get('pid', '?')} on host "
+                f"{holder.get('host', '?')} ({path}): give each run a folder of its own"
+            ) from error
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), os.stat(path)):
                 return file
@@ -143,8 +147,10 @@ def require_space(folder: Path, num_bytes: int) -> None:
     free = status.f_bavail * status.f_frsize
     need = int(num_bytes * _SPARE)
     if free < need:
-        raise CapacityError(f"need {format_bytes(need)}, {format_bytes(free)} free at {folder}: the checkpoint was not begun. "
-                            "Free some space, or lower keep_last")
+        raise CapacityError(
+            f"need {format_bytes(need)}, {format_bytes(free)} free at {folder}: the checkpoint was not begun. "
+            "Free some space, or lower keep_last"
+        )
 
 
 def disk_error(error: OSError, folder: Path, doing: str) -> CheckpointError | CapacityError | ConfigError:
@@ -154,25 +160,29 @@ def disk_error(error: OSError, folder: Path, doing: str) -> CheckpointError | Ca
         with contextlib.suppress(OSError):
             status = os.statvfs(folder.parent)
             free = format_bytes(status.f_bavail * status.f_frsize)
-        return CapacityError(f"{doing} {folder}: {error.strerror}, {free} free at {folder.parent}. Earlier checkpoints are "
-                             "intact; free some space")
+        return CapacityError(
+            f"{doing} {folder}: {error.strerror}, {free} free at {folder.parent}. Earlier checkpoints are "
+            "intact; free some space"
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         return ConfigError(f"{doing} {folder}: {error.strerror}. Choose a folder you may write")
-    return CheckpointError(f"{doing} {folder}: {error.strerror or error}. Earlier checkpoints are intact; check the disk")
+    return CheckpointError(
+        f"{doing} {folder}: {error.strerror or error}. Earlier checkpoints are intact; check the disk"
+    )
 
 
 def publish(temporary: Path, target: Path, run: str) -> None:
     """Make the complete ``temporary`` the checkpoint ``target``, durably."""
     step = step_of(target)
     temporary.chmod(_folder_mode(temporary))
-    _sync(temporary)
+    sync_folder(temporary)
     reach("checkpoint.rename", rank=0, step=step)
     aside: Path | None = None
     if os.path.lexists(target) and not _is_empty_folder(target):
         aside = target.with_name(f"{target.name}.old-{run}")
         target.rename(aside)
     temporary.rename(target)
-    _sync(target.parent)
+    sync_folder(target.parent)
     reach("checkpoint.renamed", rank=0, step=step)
     if aside is not None:
         _remove(aside)
@@ -205,7 +215,9 @@ def siblings(target: Path) -> list[Path]:
         return []
     names = re.compile(re.escape(found[1]) + r"\d+")
     with os.scandir(target.parent) as entries:
-        rows = [Path(entry.path) for entry in entries if names.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)]
+        rows = [
+            Path(entry.path) for entry in entries if names.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+        ]
     return sorted(rows, key=lambda path: (step_of(path), path.name), reverse=True)
 
 
@@ -217,7 +229,8 @@ def _folder_mode(temporary: Path) -> int:
     return mode
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` durable."""
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(file)

@@ -42,7 +42,7 @@ class Layout:
 
 
 def layout_of(model: nn.Module, optimizer: Optimizers, *, rank: int) -> Layout:
-    """The layout of ``model``, sharded or not, and its optimizer or optimizers. An unsharded one is written by rank 0."""
+    """The layout of ``model``, sharded or not, and its optimizers. Rank 0 writes what is not sharded."""
     if optimizer is None:
         optimizers: tuple[torch.optim.Optimizer, ...] = ()
     else:
@@ -50,10 +50,16 @@ def layout_of(model: nn.Module, optimizer: Optimizers, *, rank: int) -> Layout:
     shard_map = map_of(model, writes=rank == 0)
     _check_readable(shard_map)
     return Layout(
-        entries=shard_map.entries, publish=shard_map.publish, buffers=_buffers(model),
-        module_states={plain(name): module for name, module in model.named_modules()
-                       if type(module).get_extra_state is not nn.Module.get_extra_state},
-        optimizers=optimizers, places=_places(shard_map, optimizers),
+        entries=shard_map.entries,
+        publish=shard_map.publish,
+        buffers=_buffers(model),
+        module_states={
+            plain(name): module
+            for name, module in model.named_modules()
+            if type(module).get_extra_state is not nn.Module.get_extra_state
+        },
+        optimizers=optimizers,
+        places=_places(shard_map, optimizers),
     )
 
 
@@ -105,11 +111,15 @@ def _check_readable(shard_map: ShardMap) -> None:
         if tensor is None:
             continue
         if tensor.device.type == "meta":
-            raise CheckpointError(f"parameter {entry.name} is on the meta device: materialise the model first "
-                                  "(zero.shard does, or model.to_empty)")
+            raise CheckpointError(
+                f"parameter {entry.name} is on the meta device: materialise the model first "
+                "(zero.shard does, or model.to_empty)"
+            )
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise CheckpointError(f"parameter {entry.name} is released (its shards belong to a larger module): pass the module "
-                                  "that was given to zero.shard")
+            raise CheckpointError(
+                f"parameter {entry.name} is released (its shards belong to a larger module): pass the module "
+                "that was given to zero.shard"
+            )
 
 
 def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -132,15 +142,26 @@ def _places(shard_map: ShardMap, optimizers: tuple[torch.optim.Optimizer, ...]) 
         for j, group in enumerate(optimizer.param_groups):
             for tensor in group["params"]:
                 owners[id(tensor)] = (i, j)
-    return {entry.name: owners[id(entry.piece.tensor)] for entry in shard_map.entries.values()
-            if entry.piece is not None and id(entry.piece.tensor) in owners}
+    return {
+        entry.name: owners[id(entry.piece.tensor)]
+        for entry in shard_map.entries.values()
+        if entry.piece is not None and id(entry.piece.tensor) in owners
+    }
 
 
 def hyper_parameters(optimizers: tuple[torch.optim.Optimizer, ...]) -> list[list[dict[str, Any]]]:
     """Every group without its parameters, encoded as JSON."""
-    return [[{key: strict_json.encode(value, f"param_groups[{j}][{key!r}] of {type(optimizer).__name__}")
-              for key, value in group.items() if key not in ("params", "param_names")}
-             for j, group in enumerate(optimizer.param_groups)] for i, optimizer in enumerate(optimizers)]
+    return [
+        [
+            {
+                key: strict_json.encode(value, f"param_groups[{j}][{key!r}] of {type(optimizer).__name__}")
+                for key, value in group.items()
+                if key not in ("params", "param_names")
+            }
+            for j, group in enumerate(optimizer.param_groups)
+        ]
+        for i, optimizer in enumerate(optimizers)
+    ]
 
 
 def split_states(entry: Entry, states: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
@@ -159,5 +180,7 @@ def split_states(entry: Entry, states: dict[str, Any]) -> Iterator[tuple[str, st
         elif tensor.shape == entry.shape:
             yield name, "whole", value
         else:
-            raise CheckpointError(f"{where} has {value.numel()} elements, its piece {tensor.numel()}: it cannot be cut. "
-                                  "Shard this optimizer by whole parameter")
+            raise CheckpointError(
+                f"{where} has {value.numel()} elements, its piece {tensor.numel()}: it cannot be cut. "
+                "Shard this optimizer by whole parameter"
+            )

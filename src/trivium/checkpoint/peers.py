@@ -74,9 +74,9 @@ def peers_of(mesh: Mesh | Peers | None) -> Peers:
     return mesh
 
 
-_CLASSES = MappingProxyType({
-    kind.__name__: kind for kind in (CapacityError, CheckpointError, ConfigError, DamagedError, MismatchError)
-})
+_CLASSES = MappingProxyType(
+    {kind.__name__: kind for kind in (CapacityError, CheckpointError, ConfigError, DamagedError, MismatchError)}
+)
 
 
 def together(peers: Peers, phase: str, work: Callable[[], T]) -> T:

@@ -17,7 +17,7 @@ from torch import nn
 from trivium.base import log
 from trivium.base.errors import CheckpointError
 from trivium.base.fault import reach
-from trivium.checkpoint import commit, manifest, strict_json
+from trivium.checkpoint import commit, manifest, manifest_reading, strict_json
 from trivium.checkpoint.damage import DamagedError, damage
 from trivium.checkpoint.differences import Difference, common, report
 from trivium.checkpoint.dtypes import from_bytes
@@ -51,12 +51,12 @@ def load(
     mesh: Mesh | Peers | None = None,
     strict: bool = True,
 ) -> Any:
-    """Load the checkpoint ``folder`` into ``model`` and ``optimizer``, whatever layout wrote it and whatever layout reads it.
+    """Load the checkpoint ``folder`` into ``model`` and ``optimizer``, whatever layouts write and read.
 
     Collective: every rank calls it, reads the ranges of its own pieces, verifies the hash of every block it reads and
-    writes into the live tensors; at the end ``publish`` brings all copies up to them. Parameter values are bit-equal where
-    the types are; a wider or narrower type is converted. Optimizer states and hyper-parameters become those of
-    the checkpoint. Without ``optimizer`` the states are left unread.
+    writes into the live tensors; at the end ``publish`` brings all copies up to them. Values are bit-equal where the
+    types are; a wider or narrower floating-point type is converted. Optimizer states and hyper-parameters become those
+    of the checkpoint. Without ``optimizer`` the states are left unread.
 
     ``strict=False`` skips what is missing, superfluous or of another shape, and says what.
 
@@ -90,11 +90,16 @@ def refuse_pickle(path: Path) -> None:
     suspects = [path] if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".metadata") else []
     if path.is_dir() and not (path / manifest.MANIFEST).exists():
         with os.scandir(path) as entries:
-            suspects += [Path(entry.path) for entry in entries
-                         if entry.name == ".metadata" or Path(entry.name).suffix in (".pt", ".pth", ".bin", ".ckpt", ".distcp")]
+            suspects += [
+                Path(entry.path)
+                for entry in entries
+                if entry.name == ".metadata" or Path(entry.name).suffix in (".pt", ".pth", ".bin", ".ckpt", ".distcp")
+            ]
     if suspects:
-        raise CheckpointError(f"{suspects[0]} can only be read by unpickling, which may run code: Trivium never does. Save it as "
-                              "safetensors where you trust it, then bring it in with 'trivium convert'")
+        raise CheckpointError(
+            f"{suspects[0]} can only be read by unpickling, which may run code: Trivium never does. Save it as "
+            "safetensors where you trust it, then bring it in with 'trivium convert'"
+        )
 
 
 def check_files(folder: Path, *, sizes: bool = True) -> Manifest:
@@ -103,28 +108,39 @@ def check_files(folder: Path, *, sizes: bool = True) -> Manifest:
     Raises DamagedError, or CheckpointError when there is no checkpoint at all. Reads no tensor.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder: there is no checkpoint. Give the folder that checkpoint.save wrote")
+        raise CheckpointError(
+            f"{folder} is not a folder: there is no checkpoint. Give the folder that checkpoint.save wrote"
+        )
     if not (folder / manifest.MANIFEST).exists():
         raise DamagedError(f"{folder} has no {manifest.MANIFEST}: not a checkpoint, or one that was never completed")
     with damage():
-        whole = manifest.read_manifest(folder)
+        whole = manifest_reading.read_manifest(folder)
         if not sizes:
             return whole
-        expected = {name for file in whole.files
-                    for name in (manifest.shard_name(file.rank), manifest.rank_manifest_name(file.rank))}
+        expected = {
+            name
+            for file in whole.files
+            for name in (manifest.shard_name(file.rank), manifest.rank_manifest_name(file.rank))
+        }
         with os.scandir(folder) as entries:
             there = {entry.name: entry for entry in entries if entry.name.startswith("rank-")}
             missing, superfluous = sorted(expected - set(there)), sorted(set(there) - expected)
             if missing:
                 raise CheckpointError(f"{folder / missing[0]} is missing ({len(missing)} of {len(expected)} files are)")
             if superfluous:
-                raise CheckpointError(f"{folder / superfluous[0]} does not belong here: the checkpoint has {len(whole.files)} ranks")
+                raise CheckpointError(
+                    f"{folder / superfluous[0]} does not belong here: the checkpoint has {len(whole.files)} ranks"
+                )
             for file in whole.files:
-                for name, size in ((manifest.shard_name(file.rank), file.num_bytes),
-                                   (manifest.rank_manifest_name(file.rank), file.manifest_bytes)):
+                for name, size in (
+                    (manifest.shard_name(file.rank), file.num_bytes),
+                    (manifest.rank_manifest_name(file.rank), file.manifest_bytes),
+                ):
                     found = there[name].stat(follow_symlinks=False).st_size
                     if found != size:
-                        raise CheckpointError(f"{folder / name} has {found} bytes, expected {size}: truncated or altered")
+                        raise CheckpointError(
+                            f"{folder / name} has {found} bytes, expected {size}: truncated or altered"
+                        )
     return whole
 
 
@@ -143,24 +159,38 @@ def _compare(layout: Layout, whole: Manifest) -> list[Difference]:
         if not matches:
             rows.append(Difference(name=entry.name, kind="missing", here=here, there="-"))
         elif len(matches) > 1:
-            rows.append(Difference(name=entry.name, kind="tied", here=f"one parameter: {', '.join(entry.names)}",
-                                   there=f"{len(matches)} parameters"))
+            rows.append(
+                Difference(
+                    name=entry.name,
+                    kind="tied",
+                    here=f"one parameter: {', '.join(entry.names)}",
+                    there=f"{len(matches)} parameters",
+                )
+            )
         else:
             record = whole.parameters[next(iter(matches))]
             if record.shape != tuple(entry.shape):
                 rows.append(Difference(name=entry.name, kind="shape", here=here, there=f"{list(record.shape)}"))
             elif layout.optimizers and record.states and entry.name in layout.places and record.group is None:
                 rows.append(Difference(name=entry.name, kind="group", here="optimized", there="in no group"))
-    rows += [Difference(name=name, kind="superfluous", here="-", there=f"{list(record.shape)}")
-             for name, record in whole.parameters.items() if name not in used]
+    rows += [
+        Difference(name=name, kind="superfluous", here="-", there=f"{list(record.shape)}")
+        for name, record in whole.parameters.items()
+        if name not in used
+    ]
     for name, buffer in layout.buffers.items():
         kept = whole.buffers.get(name)
         if kept is None:
             rows.append(Difference(name=name, kind="missing", here=f"buffer {list(buffer.shape)}", there="-"))
         elif kept.shape != tuple(buffer.shape):
-            rows.append(Difference(name=name, kind="shape", here=f"buffer {list(buffer.shape)}", there=f"{list(kept.shape)}"))
-    rows += [Difference(name=name, kind="superfluous", here="-", there=f"buffer {list(kept.shape)}")
-             for name, kept in whole.buffers.items() if name not in layout.buffers]
+            rows.append(
+                Difference(name=name, kind="shape", here=f"buffer {list(buffer.shape)}", there=f"{list(kept.shape)}")
+            )
+    rows += [
+        Difference(name=name, kind="superfluous", here="-", there=f"buffer {list(kept.shape)}")
+        for name, kept in whole.buffers.items()
+        if name not in layout.buffers
+    ]
     return rows + _compare_groups(layout, whole)
 
 
@@ -170,15 +200,23 @@ def _compare_groups(layout: Layout, whole: Manifest) -> list[Difference]:
     here = [len(optimizer.param_groups) for optimizer in layout.optimizers]
     there = [len(groups) for groups in whole.groups]
     if here != there:
-        return [Difference(name="param_groups", kind="group", here=f"{here} by optimizer", there=f"{there} by optimizer")]
+        return [
+            Difference(name="param_groups", kind="group", here=f"{here} by optimizer", there=f"{there} by optimizer")
+        ]
     stored = _by_name(whole)
     rows = []
     for name, place in layout.places.items():
         names = [other for other in layout.entries[name].names if other in stored]
         kept = stored[names[0]][1].group if names else place
         if kept is not None and kept != place:
-            rows.append(Difference(name=name, kind="group", here=f"optimizer {place[0]}, group {place[1]}",
-                                   there=f"optimizer {kept[0]}, group {kept[1]}"))
+            rows.append(
+                Difference(
+                    name=name,
+                    kind="group",
+                    here=f"optimizer {place[0]}, group {place[1]}",
+                    there=f"optimizer {kept[0]}, group {kept[1]}",
+                )
+            )
     return rows
 
 
@@ -202,8 +240,17 @@ def _fill(path: Path, whole: Manifest, layout: Layout, skip: set[str], rank: int
         if name in whole.buffers and name not in skip:
             target = Target(buffer)
             targets.append(target)
-            jobs.append(_Job(rank=whole.buffers[name].rank, key=manifest.buffer_key(name), start=0, length=buffer.numel(),
-                             target=target, at=0, name=name))
+            jobs.append(
+                _Job(
+                    rank=whole.buffers[name].rank,
+                    key=manifest.buffer_key(name),
+                    start=0,
+                    length=buffer.numel(),
+                    target=target,
+                    at=0,
+                    name=name,
+                )
+            )
     _run(path, whole, jobs, rank)
     for target in targets:
         target.finish()
@@ -222,7 +269,9 @@ def _range_jobs(record: ParameterRecord, key: str, entry: Entry, target: Target,
     for rank, start, length in record.pieces:
         low, high = max(first, start), min(last, start + length)
         if low < high:
-            yield _Job(rank=rank, key=key, start=low - start, length=high - low, target=target, at=low - first, name=name)
+            yield _Job(
+                rank=rank, key=key, start=low - start, length=high - low, target=target, at=low - first, name=name
+            )
 
 
 def _state_jobs(record: ParameterRecord, name: str, entry: Entry, layout: Layout) -> tuple[list[_Job], list[Target]]:
@@ -234,7 +283,7 @@ def _state_jobs(record: ParameterRecord, name: str, entry: Entry, layout: Layout
     i, j = layout.places[entry.name]
     states, tensor = layout.optimizers[i].state, entry.piece.tensor
     group = layout.optimizers[i].param_groups[j]
-    live: dict[str, Any] = states[tensor] if tensor in states else {}
+    live: dict[str, Any] = states.get(tensor, {})
     for state in [key for key in live if key not in record.states]:
         del live[state]
     for state, kept in record.states.items():
@@ -244,16 +293,27 @@ def _state_jobs(record: ParameterRecord, name: str, entry: Entry, layout: Layout
             continue
         shape = torch.Size(kept.shape) if kept.kind == "whole" else tensor.shape
         if kept.kind == "whole" and tensor.shape != entry.shape:
-            raise CheckpointError(f"optimizer state {state!r} of {name} is whole {list(kept.shape)} and cannot be cut: shard this "
-                                  "optimizer by whole parameter")
+            raise CheckpointError(
+                f"optimizer state {state!r} of {name} is whole {list(kept.shape)} and cannot be cut: shard this "
+                "optimizer by whole parameter"
+            )
         old = live.get(state)
         if not isinstance(old, torch.Tensor) or old.numel() != shape.numel():
             live[state] = torch.empty(shape, dtype=kept.dtype, device=tensor.device)
         target = Target(live[state])
         targets.append(target)
         if kept.kind == "whole":
-            jobs.append(_Job(rank=kept.rank, key=manifest.state_key(state, name), start=0, length=shape.numel(), target=target,
-                             at=0, name=f"{name} ({state})"))
+            jobs.append(
+                _Job(
+                    rank=kept.rank,
+                    key=manifest.state_key(state, name),
+                    start=0,
+                    length=shape.numel(),
+                    target=target,
+                    at=0,
+                    name=f"{name} ({state})",
+                )
+            )
         else:
             jobs += _range_jobs(record, manifest.state_key(state, name), entry, target, f"{name} ({state})")
     if record.states:
@@ -274,6 +334,7 @@ def _scalar(old: Any, value: Any, tensor: torch.Tensor, on_device: bool) -> Any:
 
 def _run(path: Path, whole: Manifest, jobs: list[_Job], rank: int) -> None:
     """Read shard after shard, in the order of offsets."""
+
     def before_read() -> None:
         reach("checkpoint.read", rank=rank, step=commit.step_of(path))
 
@@ -282,7 +343,7 @@ def _run(path: Path, whole: Manifest, jobs: list[_Job], rank: int) -> None:
         by_rank.setdefault(job.rank, []).append(job)
     for source, mine in sorted(by_rank.items()):
         with damage():
-            told = manifest.read_rank_manifest(path, whole, source)
+            told = manifest_reading.read_rank_manifest(path, whole, source)
             with ShardReader(path / manifest.shard_name(source), before_read=before_read) as reader:
                 _check_header(reader, told)
                 for job in mine:
@@ -291,18 +352,24 @@ def _run(path: Path, whole: Manifest, jobs: list[_Job], rank: int) -> None:
                 for job in sorted(mine, key=lambda job: told.tensors[job.key].offset):
                     stored = told.tensors[job.key]
                     if (job.start + job.length) * stored.dtype.itemsize > stored.num_bytes:
-                        raise CheckpointError(f"{reader.path}: {job.key!r} has {stored.num_bytes} bytes, elements {job.start} to "
-                                              f"{job.start + job.length} of it were asked for")
+                        raise CheckpointError(
+                            f"{reader.path}: {job.key!r} has {stored.num_bytes} bytes, elements {job.start} to "
+                            f"{job.start + job.length} of it were asked for"
+                        )
                     for start, data in reader.elements(stored, job.start, job.length, job.name):
                         job.target.write(job.at + start - job.start, from_bytes(data, stored.dtype), job.name)
 
 
 def _check_header(reader: ShardReader, told: manifest.RankManifest) -> None:
     if reader.num_bytes != told.num_bytes:
-        raise CheckpointError(f"{reader.path} has {reader.num_bytes} bytes, expected {told.num_bytes}: truncated or altered")
+        raise CheckpointError(
+            f"{reader.path} has {reader.num_bytes} bytes, expected {told.num_bytes}: truncated or altered"
+        )
     if manifest.hash_of(bytes(reader.read(0, told.header_bytes))) != told.header_hash:
-        raise CheckpointError(f"{reader.path}: its header (bytes 0 to {told.header_bytes}) is not the one that was saved: "
-                              "damaged, or swapped with another rank's")
+        raise CheckpointError(
+            f"{reader.path}: its header (bytes 0 to {told.header_bytes}) is not the one that was saved: "
+            "damaged, or swapped with another rank's"
+        )
 
 
 def _set_groups(path: Path, whole: Manifest, layout: Layout) -> None:

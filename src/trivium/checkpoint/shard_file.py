@@ -70,10 +70,15 @@ def root(digests: Sequence[bytes]) -> bytes:
 
 
 class ShardWriter:
-    """Writes one safetensors file: the header, then each slot's bytes in order. ``on_block`` is called before each write."""
+    """Writes one safetensors file: the header, then each slot in order; calls ``on_block`` before each write."""
 
-    def __init__(self, path: Path, slots: Sequence[Slot], metadata: Mapping[str, str],
-                 on_block: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        slots: Sequence[Slot],
+        metadata: Mapping[str, str],
+        on_block: Callable[[], object] = lambda: None,
+    ) -> None:
         header = _header(slots, metadata)
         self.path = path
         self.stored: dict[str, Stored] = {}
@@ -92,7 +97,9 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 if len(self.stored) != len(self._slots):
@@ -122,14 +129,16 @@ class ShardWriter:
                     hasher.update(piece)
                     self._on_block()
                     self._write(piece)
-                    filled, chunk = filled + len(piece), chunk[len(piece):]
+                    filled, chunk = filled + len(piece), chunk[len(piece) :]
                     if filled == BLOCK_BYTES:
                         blocks.append(hasher.digest())
                         hasher, filled = xxh3_128(), 0
         if filled or not blocks:
             blocks.append(hasher.digest())
         if self._offset - start != slot.num_bytes:
-            raise CheckpointError(f"{self.path}: {slot.key} has {self._offset - start} bytes, expected {slot.num_bytes}")
+            raise CheckpointError(
+                f"{self.path}: {slot.key} has {self._offset - start} bytes, expected {slot.num_bytes}"
+            )
         done = Stored(dtype=slot.dtype, shape=slot.shape, offset=start, num_bytes=slot.num_bytes, blocks=tuple(blocks))
         self._digests.append(done.digest)
         self.stored[slot.key] = done
@@ -152,8 +161,11 @@ def _header(slots: Sequence[Slot], metadata: Mapping[str, str]) -> bytes:
     for slot in slots:
         if slot.key in entries:
             raise CheckpointError(f"two tensors would be stored under the key {slot.key!r}")
-        entries[slot.key] = {"dtype": dtype_name(slot.dtype), "shape": list(slot.shape),
-                             "data_offsets": [offset, offset + slot.num_bytes]}
+        entries[slot.key] = {
+            "dtype": dtype_name(slot.dtype),
+            "shape": list(slot.shape),
+            "data_offsets": [offset, offset + slot.num_bytes],
+        }
         offset += slot.num_bytes
     text = strict_json.dump(entries)
     text += b" " * (-len(text) % 8)
@@ -168,7 +180,7 @@ def _host_chunks(part: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryview]
         return
     step = BLOCK_BYTES // dtype.itemsize
     for start in range(0, flat.numel(), step):
-        yield raw_bytes(flat[start:start + step].to(dtype=dtype).cpu())
+        yield raw_bytes(flat[start : start + step].to(dtype=dtype).cpu())
 
 
 class ShardReader:
@@ -204,12 +216,16 @@ class ShardReader:
             except OSError as error:
                 failures += 1
                 if failures > 1:
-                    raise CheckpointError(f"{self.path}: reading {num_bytes - done} bytes at offset {offset + done} failed "
-                                          f"twice: {error.strerror or error}. Check the disk") from error
+                    raise CheckpointError(
+                        f"{self.path}: reading {num_bytes - done} bytes at offset {offset + done} failed "
+                        f"twice: {error.strerror or error}. Check the disk"
+                    ) from error
                 continue
             if got == 0:
-                raise CheckpointError(f"{self.path} is truncated: expected {num_bytes} bytes at offset {offset}, "
-                                      f"found {done} (the file has {self.num_bytes})")
+                raise CheckpointError(
+                    f"{self.path} is truncated: expected {num_bytes} bytes at offset {offset}, "
+                    f"found {done} (the file has {self.num_bytes})"
+                )
             done += got
         return data
 
@@ -220,18 +236,24 @@ class ShardReader:
         length = int.from_bytes(self.read(0, 8), "little")
         limit = min(self.num_bytes - 8, strict_json.json_limit(self.num_bytes))
         if not 2 <= length <= limit:
-            raise CheckpointError(f"{self.path}: a header of {length} bytes in a file of {self.num_bytes}: expected 2 to {limit}")
+            raise CheckpointError(
+                f"{self.path}: a header of {length} bytes in a file of {self.num_bytes}: expected 2 to {limit}"
+            )
         listed = strict_json.parse(bytes(self.read(8, length)), self.path)
         listed.pop("__metadata__", None)
         tensors = {key: _stored(entry, 8 + length, f"{self.path}: {key[:200]!r}") for key, entry in listed.items()}
         end = 8 + length
         for key, stored in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
             if stored.offset != end:
-                raise CheckpointError(f"{self.path}: {key[:200]!r} starts at offset {stored.offset}, expected {end}: "
-                                      "tensors overlap or leave a hole")
+                raise CheckpointError(
+                    f"{self.path}: {key[:200]!r} starts at offset {stored.offset}, expected {end}: "
+                    "tensors overlap or leave a hole"
+                )
             end += stored.num_bytes
         if end != self.num_bytes:
-            raise CheckpointError(f"{self.path} has {self.num_bytes} bytes, its header tells of {end}: truncated or altered")
+            raise CheckpointError(
+                f"{self.path} has {self.num_bytes} bytes, its header tells of {end}: truncated or altered"
+            )
         return tensors
 
     def elements(self, stored: Stored, start: int, length: int, name: str) -> Iterator[tuple[int, bytearray]]:
@@ -245,10 +267,12 @@ class ShardReader:
             if stored.blocks:
                 data = self.read(stored.offset + first, last - first)
                 if xxh3_128_digest(data) != stored.blocks[block]:
-                    raise CheckpointError(f"{self.path}: {name} is damaged: the hash of bytes {stored.offset + first} to "
-                                          f"{stored.offset + last} is not the one that was saved. Load another checkpoint")
+                    raise CheckpointError(
+                        f"{self.path}: {name} is damaged: the hash of bytes {stored.offset + first} to "
+                        f"{stored.offset + last} is not the one that was saved. Load another checkpoint"
+                    )
                 if (position, upto) != (first, last):
-                    data = data[position - first:upto - first]
+                    data = data[position - first : upto - first]
             else:
                 data = self.read(stored.offset + position, upto - position)
             yield position // size, data
@@ -263,12 +287,14 @@ def _stored(entry: object, base: int, where: str) -> Stored:
     offsets = extents(entry["data_offsets"], where)
     num_bytes = count(shape) * dtype.itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != num_bytes:
-        raise CheckpointError(f"{where}: data_offsets {list(offsets)[:4]} do not hold {num_bytes} bytes of {list(shape)}")
+        raise CheckpointError(
+            f"{where}: data_offsets {list(offsets)[:4]} do not hold {num_bytes} bytes of {list(shape)}"
+        )
     return Stored(dtype=dtype, shape=shape, offset=base + offsets[0], num_bytes=num_bytes)
 
 
 def extents(value: object, where: str) -> tuple[int, ...]:
-    """``value`` as a shape. Raises CheckpointError unless it is at most 64 integers from 0 with a product below 2^60."""
+    """``value`` as a shape: at most 64 integers from 0, their product below 2^60. Raises CheckpointError otherwise."""
     if not isinstance(value, list) or len(value) > 64:
         raise CheckpointError(f"{where}: expected a list of at most 64 sizes")
     for extent in value:

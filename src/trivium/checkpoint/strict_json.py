@@ -19,7 +19,7 @@ _MAX_INLINE_BYTES = 1 << 20
 
 
 def json_limit(payload_bytes: int) -> int:
-    """The largest JSON file we parse beside ``payload_bytes`` of tensors: real ones are far below 1/64 of their tensors.
+    """The largest JSON file we parse beside ``payload_bytes`` of tensors; real ones are far below 1/64 of them.
 
     This bounds the memory that a crafted file can make us take.
     """
@@ -93,8 +93,10 @@ def _encode_mapping(value: Mapping[Any, Any], where: str) -> Any:
 
 def _small(data: bytes, where: str) -> bytes:
     if len(data) > _MAX_INLINE_BYTES:
-        raise CheckpointError(f"{where} has {len(data)} bytes: at most {_MAX_INLINE_BYTES} fit in a manifest; "
-                              "register it as a buffer of the model")
+        raise CheckpointError(
+            f"{where} has {len(data)} bytes: at most {_MAX_INLINE_BYTES} fit in a manifest; "
+            "register it as a buffer of the model"
+        )
     return data
 
 
@@ -105,7 +107,7 @@ def decode(value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         return value
     if len(value) == 1:
-        (key, item), = value.items()
+        ((key, item),) = value.items()
         if key.startswith("$"):
             return _decode_tagged(key, item, where)
     return {key: decode(item, where) for key, item in value.items()}

@@ -17,10 +17,12 @@ class Target:
         self._through_copy = not contiguous
 
     def write(self, at: int, values: torch.Tensor, name: str) -> None:
-        """Elements from ``at`` on become ``values``; a floating-point type may change its width, nothing else its kind."""
-        if values.dtype != self._flat.dtype and not (values.is_floating_point() and self._flat.is_floating_point()):
+        """Elements from ``at`` on become ``values``; floating-point types may change their width, no other type may."""
+        widths = (values.dtype.itemsize, self._flat.dtype.itemsize)
+        floats = values.is_floating_point() and self._flat.is_floating_point() and min(widths) > 1
+        if values.dtype != self._flat.dtype and not floats:
             raise CheckpointError(f"{name} is stored as {values.dtype} and cannot become {self._flat.dtype}")
-        self._flat[at:at + values.numel()].copy_(values)
+        self._flat[at : at + values.numel()].copy_(values)
 
     def finish(self) -> None:
         """Bring a strided tensor up to what was written."""

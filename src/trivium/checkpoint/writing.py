@@ -9,7 +9,7 @@ import contextlib
 import datetime
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import nn
 from trivium import __version__
 from trivium.base.errors import CheckpointError, ConfigError, MismatchError
 from trivium.base.fault import reach
-from trivium.checkpoint import commit, manifest, strict_json
+from trivium.checkpoint import commit, manifest, manifest_reading, strict_json
 from trivium.checkpoint.dtypes import dtype_name, dtype_of
 from trivium.checkpoint.layout import Layout, Optimizers, hyper_parameters, layout_of, split_states
 from trivium.checkpoint.peers import Peers, peers_of, together
@@ -30,11 +30,11 @@ from trivium.dist.mesh import Mesh
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Shard:
-    """What this rank will write."""
+class Shard:
+    """What one rank will write: each slot's elements come from its ``parts``, and ``report`` tells rank 0 about them."""
 
     slots: list[Slot]
-    tensors: list[torch.Tensor]
+    parts: list[Iterable[torch.Tensor]]
     report: dict[str, Any]
 
 
@@ -67,15 +67,36 @@ def save(
     if keep_last is not None and keep_last < 2:
         raise ConfigError(f"keep_last={keep_last}: expected 2 or more, so that one good checkpoint is always left")
     peers = peers_of(mesh)
+    shard = together(
+        peers, "collecting what to save", lambda: _collect(layout_of(model, optimizer, rank=peers.rank), peers)
+    )
+    return write(folder, shard, extra=extra, peers=peers, keep_last=keep_last, overwrite=overwrite)
+
+
+def write(
+    folder: str | Path,
+    shard: Shard,
+    *,
+    extra: dict[str, Any] | None,
+    peers: Peers,
+    keep_last: int | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write and commit every rank's ``shard``; what `save` does once it knows them. Collective."""
     target, run = peers.broadcast_json([str(commit.destination(folder)), secrets.token_hex(4)])
     target = Path(target)
-    shard = together(peers, "collecting what to save", lambda: _collect(layout_of(model, optimizer, rank=peers.rank), peers))
     metadata = {"format": "pt", "writer": "trivium", "run": run, "rank": str(peers.rank)}
     sizes = peers.all_gather_json(file_bytes(shard.slots, metadata))
     with contextlib.ExitStack() as stack:
-        temporary = together(peers, f"preparing {target}", lambda: _open(peers, stack, target, run, sum(sizes), overwrite))
+        temporary = together(
+            peers, f"preparing {target}", lambda: _open(peers, stack, target, run, sum(sizes), overwrite)
+        )
         try:
-            together(peers, f"writing its shard of {target}", lambda: _write_shard(temporary, shard, metadata, peers.rank, target))
+            together(
+                peers,
+                f"writing its shard of {target}",
+                lambda: _write_shard(temporary, shard, metadata, peers.rank, target),
+            )
             reach("checkpoint.shards", rank=peers.rank, step=commit.step_of(target))
             together(peers, f"completing {target}", lambda: _complete(peers, temporary, target, run, extra, sizes))
         except BaseException:
@@ -105,7 +126,7 @@ def _open(peers: Peers, stack: contextlib.ExitStack, target: Path, run: str, num
     return target.with_name(f"{target.name}.tmp-{run}")
 
 
-def _collect(layout: Layout, peers: Peers) -> _Shard:
+def _collect(layout: Layout, peers: Peers) -> Shard:
     """The tensors that this rank writes, and what it tells rank 0 about them."""
     slots: list[Slot] = []
     tensors: list[torch.Tensor] = []
@@ -116,14 +137,23 @@ def _collect(layout: Layout, peers: Peers) -> _Shard:
 
     parameters: dict[str, Any] = {}
     for name, entry in layout.entries.items():
-        told: dict[str, Any] = {"names": list(entry.names), "shape": list(entry.shape), "dtype": dtype_name(entry.dtype)}
+        told: dict[str, Any] = {
+            "names": list(entry.names),
+            "shape": list(entry.shape),
+            "dtype": dtype_name(entry.dtype),
+        }
         parameters[name] = told
         if entry.piece is None or not entry.writes:
             continue
         tensor = entry.piece.tensor
         shape = tuple(entry.shape) if tensor.numel() == entry.shape.numel() else (tensor.numel(),)
-        told |= {"start": entry.piece.start, "length": tensor.numel(), "stored": dtype_name(tensor.dtype),
-                 "group": layout.places.get(name), "states": {}}
+        told |= {
+            "start": entry.piece.start,
+            "length": tensor.numel(),
+            "stored": dtype_name(tensor.dtype),
+            "group": layout.places.get(name),
+            "states": {},
+        }
         add(manifest.parameter_key(name), tensor, shape)
         for state, kind, value in split_states(entry, layout.state_of(entry)):
             record = manifest.StateRecord(kind=kind, value=value)
@@ -136,28 +166,50 @@ def _collect(layout: Layout, peers: Peers) -> _Shard:
         for name, buffer in layout.buffers.items():
             add(manifest.buffer_key(name), buffer, tuple(buffer.shape))
             buffers[name] = {"dtype": dtype_name(buffer.dtype), "shape": list(buffer.shape), "rank": 0}
-    states = {name: strict_json.encode(module.get_extra_state(), f"extra state of module {name!r}")
-              for name, module in layout.module_states.items()}
-    report = {"parameters": parameters, "buffers": buffers, "module_states": states,
-              "groups": hyper_parameters(layout.optimizers)}
-    return _Shard(slots=slots, tensors=tensors, report=report)
+    states = {
+        name: strict_json.encode(module.get_extra_state(), f"extra state of module {name!r}")
+        for name, module in layout.module_states.items()
+    }
+    report = {
+        "parameters": parameters,
+        "buffers": buffers,
+        "module_states": states,
+        "groups": hyper_parameters(layout.optimizers),
+    }
+    return aligned(slots, [[tensor] for tensor in tensors], report)
 
 
-def _write_shard(temporary: Path, shard: _Shard, metadata: dict[str, str], rank: int, target: Path) -> None:
+def aligned(slots: list[Slot], parts: Sequence[Iterable[torch.Tensor]], report: dict[str, Any]) -> Shard:
+    """A shard with the widest types first, so that every tensor starts on a multiple of its element size."""
+    order = sorted(range(len(slots)), key=lambda i: -slots[i].dtype.itemsize)
+    return Shard(slots=[slots[i] for i in order], parts=[parts[i] for i in order], report=report)
+
+
+def _write_shard(temporary: Path, shard: Shard, metadata: dict[str, str], rank: int, target: Path) -> None:
     step = commit.step_of(target)
     with _disk(target, "writing a shard of"):
         path = temporary / manifest.shard_name(rank)
         writer = ShardWriter(path, shard.slots, metadata, lambda: reach("checkpoint.shard", rank=rank, step=step))
         with writer:
-            for tensor in shard.tensors:
-                writer.append([tensor])
-        body = manifest.rank_manifest_body(manifest.RankManifest(
-            run=metadata["run"], rank=rank, num_bytes=writer.num_bytes, header_bytes=writer.header_bytes,
-            header_hash=writer.header_hash, tensors=writer.stored, report={**shard.report, "hash": writer.hash}))
+            for parts in shard.parts:
+                writer.append(parts)
+        body = manifest.rank_manifest_body(
+            manifest.RankManifest(
+                run=metadata["run"],
+                rank=rank,
+                num_bytes=writer.num_bytes,
+                header_bytes=writer.header_bytes,
+                header_hash=writer.header_hash,
+                tensors=writer.stored,
+                report={**shard.report, "hash": writer.hash},
+            )
+        )
         manifest.write_json(temporary / manifest.rank_manifest_name(rank), body)
 
 
-def _complete(peers: Peers, temporary: Path, target: Path, run: str, extra: dict[str, Any] | None, sizes: list[int]) -> None:
+def _complete(
+    peers: Peers, temporary: Path, target: Path, run: str, extra: dict[str, Any] | None, sizes: list[int]
+) -> None:
     """Rank 0: verify every shard's size, write the manifest of the whole, rename."""
     if peers.rank != 0:
         return
@@ -167,18 +219,23 @@ def _complete(peers: Peers, temporary: Path, target: Path, run: str, extra: dict
         for rank, expected in enumerate(sizes):
             found = (temporary / manifest.shard_name(rank)).stat().st_size
             if found != expected:
-                raise CheckpointError(f"{temporary / manifest.shard_name(rank)} has {found} bytes, rank {rank} wrote {expected}: "
-                                      "do all ranks see the same file system?")
-            told = manifest.rank_manifest_from(temporary, rank, run, found, None)
+                raise CheckpointError(
+                    f"{temporary / manifest.shard_name(rank)} has {found} bytes, rank {rank} wrote {expected}: "
+                    "do all ranks see the same file system?"
+                )
+            told = manifest_reading.rank_manifest_from(temporary, rank, run, found, None)
             files.append(_file_record(temporary, told))
             reports.append(told.report)
         reach("checkpoint.manifest", rank=0, step=step)
         whole = manifest.Manifest(
-            run=run, created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            versions={"trivium": __version__, "torch": str(torch.__version__)}, files=tuple(files),
-            parameters=_merge(reports), buffers={name: manifest.buffer_from(item, 1, name)
-                                                 for name, item in reports[0]["buffers"].items()},
-            module_states=reports[0]["module_states"], groups=reports[0]["groups"],
+            run=run,
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            versions={"trivium": __version__, "torch": str(torch.__version__)},
+            files=tuple(files),
+            parameters=_merge(reports),
+            buffers={name: manifest_reading.buffer_from(item, 1, name) for name, item in reports[0]["buffers"].items()},
+            module_states=reports[0]["module_states"],
+            groups=reports[0]["groups"],
             extra=strict_json.encode(extra, "extra"),
         )
         manifest.write_json(temporary / manifest.MANIFEST, manifest.manifest_body(whole))
@@ -187,8 +244,13 @@ def _complete(peers: Peers, temporary: Path, target: Path, run: str, extra: dict
 
 def _file_record(temporary: Path, told: manifest.RankManifest) -> manifest.FileRecord:
     raw = (temporary / manifest.rank_manifest_name(told.rank)).read_bytes()
-    return manifest.FileRecord(rank=told.rank, num_bytes=told.num_bytes, hash=told.report["hash"],
-                               manifest_bytes=len(raw), manifest_hash=manifest.hash_of(raw))
+    return manifest.FileRecord(
+        rank=told.rank,
+        num_bytes=told.num_bytes,
+        hash=told.report["hash"],
+        manifest_bytes=len(raw),
+        manifest_hash=manifest.hash_of(raw),
+    )
 
 
 def _merge(reports: list[dict[str, Any]]) -> dict[str, manifest.ParameterRecord]:
@@ -205,26 +267,33 @@ def _merge_one(name: str, items: list[tuple[int, dict[str, Any]]]) -> manifest.P
     for rank, item in items:
         for key in ("names", "shape", "dtype"):
             if item[key] != first[key]:
-                raise MismatchError(f"parameter {name}: {key} is {first[key]} on rank {first_rank} and {item[key]} on rank {rank}")
+                raise MismatchError(
+                    f"parameter {name}: {key} is {first[key]} on rank {first_rank} and {item[key]} on rank {rank}"
+                )
     owners = sorted(((rank, item) for rank, item in items if "start" in item), key=lambda owner: owner[1]["start"])
     owners = [owner for owner in owners if owner[1]["length"]] or owners[:1]
     if not owners:
         raise MismatchError(f"parameter {name}: no rank owns a piece of it")
     pieces = tuple((rank, item["start"], item["length"]) for rank, item in owners)
     try:
-        manifest.check_cover(pieces, count(first["shape"]), f"parameter {name}")
+        manifest_reading.check_cover(pieces, count(first["shape"]), f"parameter {name}")
     except CheckpointError as error:
         raise MismatchError(f"the ranks' pieces do not make a whole: {error}") from error
     lead_rank, lead = owners[0]
     for rank, item in owners:
         for key in ("stored", "group", "states"):
             if item[key] != lead[key]:
-                raise MismatchError(f"parameter {name}: {key} is {lead[key]} on rank {lead_rank} and {item[key]} on rank {rank}")
+                raise MismatchError(
+                    f"parameter {name}: {key} is {lead[key]} on rank {lead_rank} and {item[key]} on rank {rank}"
+                )
     return manifest.ParameterRecord(
-        names=tuple(first["names"]), shape=tuple(first["shape"]), dtype=dtype_of(first["dtype"], name),
-        stored=dtype_of(lead["stored"], name), pieces=pieces,
+        names=tuple(first["names"]),
+        shape=tuple(first["shape"]),
+        dtype=dtype_of(first["dtype"], name),
+        stored=dtype_of(lead["stored"], name),
+        pieces=pieces,
         group=None if lead["group"] is None else tuple(lead["group"]),
-        states={state: manifest.state_from(body, name) for state, body in lead["states"].items()},
+        states={state: manifest_reading.state_from(body, name) for state, body in lead["states"].items()},
     )
 
 
