@@ -155,3 +155,24 @@ def test_characters(tmp_path: Path) -> None:
     assert len(tokenizer.encode("a cab")) == 5
     with pytest.raises(DataError, match="'abx': character 'x' is not in the vocabulary"):
         tokenizer.encode("abx")
+
+
+def test_transformers_reads_the_same(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    TOKENIZER.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    messages = chat(("user", "add (a"), ("assistant", "def"))
+    rows = [{"role": message.role, "content": message.content} for message in messages]
+    ids = theirs.apply_chat_template(rows, tokenize=True, return_dict=True)["input_ids"]
+    assert ids == TOKENIZER.encode_chat(messages)[0]
+    assert theirs.encode(TEXTS[0]) == TOKENIZER.encode(TEXTS[0])
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (TOKENIZER.end_id, TOKENIZER.pad_id)
+
+
+def test_words_are_one_token_wherever_they_stand(tmp_path: Path) -> None:
+    Tokenizer.of_characters("adx ", ["add "]).save(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert len(tokenizer.encode("add xadd add")) == 1 + 1 + 1 + 3
+    assert tokenizer.decode(tokenizer.encode("add xadd add")) == "add xadd add"
+    with pytest.raises(DataError, match="character 'y' is not"):
+        tokenizer.encode("add xy")

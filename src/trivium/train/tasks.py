@@ -112,8 +112,8 @@ def is_held_out(prompt: str, share: float) -> bool:
 
 
 def tokenizer() -> Tokenizer:
-    """One token per character of the tasks' alphabet, the control tokens before them."""
-    return Tokenizer.of_characters(CHARACTERS)
+    """One token per character of the tasks' alphabet, and one for each task's name with the space after it."""
+    return Tokenizer.of_characters(CHARACTERS, [f"{name} " for name in _MAKERS])
 
 
 def corpus(examples: Sequence[Example], using: Tokenizer) -> Corpus:
@@ -206,8 +206,8 @@ class _Maker(NamedTuple):
 
 _MAKERS = MappingProxyType(
     {
-        "add": _Maker(_add, 4),
-        "reverse": _Maker(_reverse, 1),
+        "add": _Maker(_add, 3),
+        "reverse": _Maker(_reverse, 2),
         "sort": _Maker(_sort, 2),
         "max": _Maker(_max, 2),
     }

@@ -71,11 +71,12 @@ class Tokenizer:
         return cls(backend)
 
     @classmethod
-    def of_characters(cls, characters: str) -> Tokenizer:
-        """One token per character; text with any other character is refused."""
+    def of_characters(cls, characters: str, words: Sequence[str] = ()) -> Tokenizer:
+        """One token per character, and one for each of ``words`` wherever it stands; other characters are refused."""
         vocabulary = {token: index for index, token in enumerate((*CONTROL, UNKNOWN, *dict.fromkeys(characters)))}
         backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
         backend.add_special_tokens([*CONTROL, UNKNOWN])
+        backend.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
         backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), behavior="isolated")
         backend.decoder = decoders.Fuse()
         return cls(backend)
@@ -157,7 +158,8 @@ class Tokenizer:
         if unknown is not None:
             for text, row in zip(texts, ids, strict=True):
                 if unknown in row:
-                    bad = text[row.index(unknown)]
+                    start, end = self._backend.encode(text, add_special_tokens=False).offsets[row.index(unknown)]
+                    bad = text[start:end]
                     raise DataError(f"{text!r}: character {bad!r} is not in the vocabulary of {self._source}")
         return ids
 
