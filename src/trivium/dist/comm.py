@@ -47,7 +47,9 @@ class Link:
 class Handle:
     """A collective under way. ``wait`` returns when its output may be read; waiting twice is harmless."""
 
-    def __init__(self, work: dist.Work | None, link: Link, what: str, ready_at_s: float, keep: tuple[torch.Tensor, ...]):
+    def __init__(
+        self, work: dist.Work | None, link: Link, what: str, ready_at_s: float, keep: tuple[torch.Tensor, ...]
+    ):
         self._work = work
         self._link = link
         self._what = what
@@ -76,8 +78,16 @@ class Comm:
     With one rank nothing is sent and nothing is counted.
     """
 
-    def __init__(self, axis: str, ranks: Sequence[int], rank: int, group: dist.ProcessGroup | None, link: Link,
-                 *, on_cpu: bool = False) -> None:
+    def __init__(
+        self,
+        axis: str,
+        ranks: Sequence[int],
+        rank: int,
+        group: dist.ProcessGroup | None,
+        link: Link,
+        *,
+        on_cpu: bool = False,
+    ) -> None:
         self.axis = axis
         self.ranks = tuple(ranks)
         self.size = len(self.ranks)
@@ -201,8 +211,10 @@ class Comm:
         values = self.all_gather_json(value)
         for rank, other in enumerate(values):
             if other != values[0]:
-                raise MismatchError(f"{what} differs across ranks: rank {self.ranks[0]} has {values[0]!r}, "
-                                    f"rank {self.ranks[rank]} has {other!r}")
+                raise MismatchError(
+                    f"{what} differs across ranks: rank {self.ranks[0]} has {values[0]!r}, "
+                    f"rank {self.ranks[rank]} has {other!r}"
+                )
 
     def _count(self, collective: str, phase: str, num_bytes: int) -> None:
         self.link.books.record(collective, self.axis, phase, num_bytes)
@@ -225,5 +237,7 @@ class Comm:
 
 
 def _lost(what: str, error: RuntimeError) -> RankError:
-    return RankError(f"a peer was lost during {what}: {str(error).splitlines()[0] if str(error) else error!r}. "
-                     "The first error on any other rank is the cause; this one is its consequence.")
+    return RankError(
+        f"a peer was lost during {what}: {str(error).splitlines()[0] if str(error) else error!r}. "
+        "The first error on any other rank is the cause; this one is its consequence."
+    )

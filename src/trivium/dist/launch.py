@@ -1,10 +1,12 @@
-"""Join the processes of a run: torchrun's environment, Slurm's or MPI's, or a world of one. The only reader of these variables.
+"""Join the processes of a run: torchrun's environment, Slurm's or MPI's, or a world of one. The only reader of these
+variables.
 
 Nothing here starts processes; torchrun does.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 from collections.abc import Mapping
@@ -13,6 +15,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, TCPStore
 from torch.distributed.device_mesh import DeviceMesh
 
 from trivium.base.errors import ConfigError, SetupError
@@ -53,10 +56,14 @@ def read_world(environment: Mapping[str, str] | None = None) -> World:
         local_rank = _number(env, local_key, source) if local_key in env else rank
         if size == 1:
             return World(source=source, rank=0, size=1, local_rank=local_rank, address=None, port=None)
-        address = env.get("MASTER_ADDR") or (_first_host(env.get("SLURM_JOB_NODELIST", "")) if source == "Slurm" else "")
+        address = env.get("MASTER_ADDR") or (
+            _first_host(env.get("SLURM_JOB_NODELIST", "")) if source == "Slurm" else ""
+        )
         if not address:
-            raise SetupError(f"{rank_key}={rank} and {size_key}={size} are set but MASTER_ADDR is not: set it to the host "
-                             "of rank 0, or start with torchrun")
+            raise SetupError(
+                f"{rank_key}={rank} and {size_key}={size} are set but MASTER_ADDR is not: set it to the host "
+                "of rank 0, or start with torchrun"
+            )
         if "MASTER_PORT" not in env and source == "torchrun":
             raise SetupError("MASTER_ADDR is set but MASTER_PORT is not: set it to a free port, or start with torchrun")
         port = _number(env, "MASTER_PORT", source) if "MASTER_PORT" in env else 29_500
@@ -66,8 +73,16 @@ def read_world(environment: Mapping[str, str] | None = None) -> World:
     return World(source="alone", rank=0, size=1, local_rank=0, address=None, port=None)
 
 
-def init(*, ep: int = 1, tp: int = 1, pp: int = 1, device_mesh: DeviceMesh | None = None, device: str = "auto",
-         timeout_s: float = 300.0, delay_s: float = 0.0) -> Mesh:
+def init(
+    *,
+    ep: int = 1,
+    tp: int = 1,
+    pp: int = 1,
+    device_mesh: DeviceMesh | None = None,
+    device: str = "auto",
+    timeout_s: float = 300.0,
+    delay_s: float = 0.0,
+) -> Mesh:
     """Join the other ranks and arrange them. Collective; keeps no global of its own.
 
     Creates torch's default process group, or reuses the one that is there. ``device`` is ``auto`` (CUDA where there is
@@ -80,6 +95,7 @@ def init(*, ep: int = 1, tp: int = 1, pp: int = 1, device_mesh: DeviceMesh | Non
     place = _device(device, world.local_rank)
     if not dist.is_initialized():
         _join(world, place, timeout_s)
+        atexit.register(shutdown)
     return Mesh(rank=dist.get_rank(), size=dist.get_world_size(), device=place, ep=ep, tp=tp, pp=pp, delay_s=delay_s)
 
 
@@ -90,7 +106,8 @@ def shutdown() -> None:
 
 
 def world_comm() -> Comm:
-    """Everyone in torch's default group, or this process alone when there is none; for rooms that were given no mesh."""
+    """Everyone in torch's default group, or this process alone when there is none; for rooms that were given no
+    mesh."""
     link = Link(torch.device("cpu"))
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return Comm("world", [0], 0, None, link)
@@ -113,15 +130,22 @@ def _adopt(device_mesh: DeviceMesh, delay_s: float) -> Mesh:
         raise ConfigError("device_mesh does not cover the ranks 0 to N-1 in order; build it with init_device_mesh")
     sizes = dict(zip(names, device_mesh.mesh.shape, strict=True))
     place = _device(device_mesh.device_type, int(os.environ.get("LOCAL_RANK", dist.get_rank())))
-    return Mesh(rank=dist.get_rank(), size=dist.get_world_size(), device=place, ep=sizes.get("ep", 1),
-                tp=sizes.get("tp", 1), pp=sizes.get("pp", 1), delay_s=delay_s)
+    return Mesh(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        device=place,
+        ep=sizes.get("ep", 1),
+        tp=sizes.get("tp", 1),
+        pp=sizes.get("pp", 1),
+        delay_s=delay_s,
+    )
 
 
 def _join(world: World, place: torch.device, timeout_s: float) -> None:
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     if world.size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     if world.address is None or world.port is None:
         raise SetupError("a world of several ranks needs the address and port of rank 0")
@@ -130,11 +154,15 @@ def _join(world: World, place: torch.device, timeout_s: float) -> None:
         if managed:
             dist.init_process_group(backend, timeout=timeout)
             return
-        store = dist.TCPStore(world.address, world.port, world.size, world.rank == 0, timedelta(seconds=min(timeout_s, 60.0)))
+        store = TCPStore(
+            world.address, world.port, world.size, world.rank == 0, timedelta(seconds=min(timeout_s, 60.0))
+        )
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
-        raise SetupError(f"rank {world.rank} of {world.size} could not meet the others at {world.address}:{world.port}: "
-                         f"{str(error).splitlines()[0]}. Check that MASTER_ADDR is rank 0's host and MASTER_PORT is free") from error
+        raise SetupError(
+            f"rank {world.rank} of {world.size} could not meet the others at {world.address}:{world.port}: "
+            f"{str(error).splitlines()[0]}. Check that MASTER_ADDR is rank 0's host and MASTER_PORT is free"
+        ) from error
 
 
 def _device(device: str, local_rank: int) -> torch.device:

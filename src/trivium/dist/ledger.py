@@ -24,7 +24,8 @@ class Key:
 
 @dataclass
 class Ledger:
-    """A running account. Bytes are those this rank sends with a ring-optimal algorithm; calls are collectives issued."""
+    """A running account. Bytes are those this rank sends with a ring-optimal algorithm; calls are collectives
+    issued."""
 
     sent_bytes: dict[Key, int] = field(default_factory=dict)
     num_calls: dict[Key, int] = field(default_factory=dict)

@@ -21,17 +21,22 @@ from trivium.dist.ledger import Ledger
 class Mesh:
     """Named axes over the processes of torch's default group. Building one is collective."""
 
-    def __init__(self, *, rank: int, size: int, device: torch.device, ep: int = 1, tp: int = 1, pp: int = 1,
-                 delay_s: float = 0.0) -> None:
+    def __init__(
+        self, *, rank: int, size: int, device: torch.device, ep: int = 1, tp: int = 1, pp: int = 1, delay_s: float = 0.0
+    ) -> None:
         for name, degree in (("ep", ep), ("tp", tp), ("pp", pp)):
             if degree < 1:
                 raise ConfigError(f"mesh.{name}={degree}: expected 1 or more")
         if size % (tp * pp):
-            raise ConfigError(f"{size} ranks cannot be divided into tp={tp} × pp={pp} = {tp * pp}: "
-                              f"the number of ranks must be a multiple of {tp * pp}")
+            raise ConfigError(
+                f"{size} ranks cannot be divided into tp={tp} × pp={pp} = {tp * pp}: "
+                f"the number of ranks must be a multiple of {tp * pp}"
+            )
         dp = size // (tp * pp)
         if dp % ep:
-            raise ConfigError(f"ep={ep} does not divide the {dp} data-parallel ranks ({size} ranks / (tp·pp = {tp * pp}))")
+            raise ConfigError(
+                f"ep={ep} does not divide the {dp} data-parallel ranks ({size} ranks / (tp·pp = {tp * pp}))"
+            )
         self.rank, self.size, self.device = rank, size, device
         self.link = Link(device, delay_s)
         grid = torch.arange(size).view(pp, dp // ep, ep, tp)
@@ -71,7 +76,9 @@ class Mesh:
         inside, across = f"{axis}/{inner}", f"{axis}/{inner}/across"
         if inside not in self._comms:
             every = self._unique_rows(comm)
-            self._comms[inside] = self._comm(inside, [row[i:i + inner] for row in every for i in range(0, len(row), inner)])
+            self._comms[inside] = self._comm(
+                inside, [row[i : i + inner] for row in every for i in range(0, len(row), inner)]
+            )
             self._comms[across] = self._comm(across, [row[i::inner] for row in every for i in range(inner)])
         return self._comms[inside], self._comms[across]
 

@@ -28,7 +28,8 @@ class Placement:
 class Piece:
     """A contiguous range of one logical tensor, flattened: elements ``[start, start + tensor.numel())``.
 
-    ``tensor`` is 1-D (element cut) or has the parameter's own shape (whole-parameter cut), live: writing to it changes the training state.
+    ``tensor`` is 1-D (element cut) or has the parameter's own shape (whole-parameter cut), live: writing to it
+    changes the training state.
     It has the dtype of the most precise copy (the fp32 master where there is one) and is the very key under
     which the optimizer keeps this range's state.
     """
@@ -42,7 +43,8 @@ class Entry:
     """One logical parameter as this rank sees it.
 
     ``names`` are all its fully qualified names (tied parameters have several, the first is canonical); ``dtype`` is
-    the dtype that the module computes with; ``piece`` is what this rank owns (None: nothing of it); ``writes`` is False on
+    the dtype that the module computes with; ``piece`` is what this rank owns (None: nothing of it); ``writes`` is
+    False on
     the ranks whose piece is a replica that another rank writes.
     """
 

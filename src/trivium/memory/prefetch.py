@@ -14,7 +14,8 @@ Item = TypeVar("Item", bound=Hashable)
 class Prefetcher(Generic[Item]):
     """Starts fetches in list order, never out of it, at most ``depth`` beyond the item in use.
 
-    ``fetch(item)`` starts one fetch and returns at once; ``room()`` says whether another may be held. The owner waits for
+    ``fetch(item)`` starts one fetch and returns at once; ``room()`` says whether another may be held. The owner waits
+    for
     and releases items itself. An item may occur more than once.
     """
 
@@ -32,12 +33,13 @@ class Prefetcher(Generic[Item]):
         self._used = self._started = 0
 
     def reach(self, item: Item) -> tuple[Item, ...] | None:
-        """``item`` is needed now: start everything up to it. Returns the items passed over, or None if it is not ahead."""
+        """``item`` is needed now: start everything up to it. Returns the items passed over, or None if it is not
+        ahead."""
         try:
             position = self._order.index(item, self._used)
         except ValueError:
             return None
-        passed = self._order[self._used:position]
+        passed = self._order[self._used : position]
         self._start_until(position + 1)
         self._used = position + 1
         return passed
@@ -50,7 +52,7 @@ class Prefetcher(Generic[Item]):
 
     def finish(self) -> tuple[Item, ...]:
         """Start all that is left of the list; returns the items nobody reached."""
-        rest = self._order[self._used:]
+        rest = self._order[self._used :]
         self._start_until(len(self._order))
         self._used = len(self._order)
         return rest

@@ -6,4 +6,14 @@ from trivium.zero.api import full_state_dict, gathered, iter_full, meter_of, no_
 from trivium.zero.optimizer import ZeroOptimizer, clip_grad_norm_
 from trivium.zero.placement import ZeroConfig
 
-__all__ = ["ZeroConfig", "ZeroOptimizer", "clip_grad_norm_", "full_state_dict", "gathered", "iter_full", "meter_of", "no_sync", "shard"]
+__all__ = [
+    "ZeroConfig",
+    "ZeroOptimizer",
+    "clip_grad_norm_",
+    "full_state_dict",
+    "gathered",
+    "iter_full",
+    "meter_of",
+    "no_sync",
+    "shard",
+]

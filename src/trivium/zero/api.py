@@ -2,7 +2,8 @@
 
 ZeRO section 5 (ZeRO-DP), stages 0 to 3, for any nn.Module.
 
-Communication plan, per micro-batch and Ψ parameters: stages 0 to 2 send 2Ψ(N-1)/N elements per rank, stage 3 sends 3Ψ(N-1)/N;
+Communication plan, per micro-batch and Ψ parameters: stages 0 to 2 send 2Ψ(N-1)/N elements per rank, stage 3 sends
+3Ψ(N-1)/N;
 gathers are prefetched, reductions overlap the rest of backward.
 """
 
@@ -41,24 +42,61 @@ class ZeroMap(ShardMap):
 
 
 @overload
-def shard(model: nn.Module, optimizer: Sequence[Optimizer], mesh: Mesh, *, units: Units = ..., init: Init | None = ...,
-          elementwise: bool = ..., seed: int = ..., config: ZeroConfig | None = ..., **options: Any
-          ) -> tuple[nn.Module, list[ZeroOptimizer]]: ...
+def shard(
+    model: nn.Module,
+    optimizer: Sequence[Optimizer],
+    mesh: Mesh,
+    *,
+    units: Units = ...,
+    init: Init | None = ...,
+    elementwise: bool = ...,
+    seed: int = ...,
+    config: ZeroConfig | None = ...,
+    **options: Any,
+) -> tuple[nn.Module, list[ZeroOptimizer]]: ...
 @overload
-def shard(model: nn.Module, optimizer: Optimizer, mesh: Mesh, *, units: Units = ..., init: Init | None = ...,
-          elementwise: bool = ..., seed: int = ..., config: ZeroConfig | None = ..., **options: Any
-          ) -> tuple[nn.Module, ZeroOptimizer]: ...
+def shard(
+    model: nn.Module,
+    optimizer: Optimizer,
+    mesh: Mesh,
+    *,
+    units: Units = ...,
+    init: Init | None = ...,
+    elementwise: bool = ...,
+    seed: int = ...,
+    config: ZeroConfig | None = ...,
+    **options: Any,
+) -> tuple[nn.Module, ZeroOptimizer]: ...
 @overload
-def shard(model: nn.Module, optimizer: None, mesh: Mesh, *, units: Units = ..., init: Init | None = ...,
-          elementwise: bool = ..., seed: int = ..., config: ZeroConfig | None = ..., **options: Any
-          ) -> tuple[nn.Module, None]: ...
-def shard(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None, mesh: Mesh, *, units: Units = "auto",
-          init: Init | None = None, elementwise: bool = False, seed: int = 0, config: ZeroConfig | None = None,
-          **options: Any) -> tuple[nn.Module, ZeroOptimizer | list[ZeroOptimizer] | None]:
+def shard(
+    model: nn.Module,
+    optimizer: None,
+    mesh: Mesh,
+    *,
+    units: Units = ...,
+    init: Init | None = ...,
+    elementwise: bool = ...,
+    seed: int = ...,
+    config: ZeroConfig | None = ...,
+    **options: Any,
+) -> tuple[nn.Module, None]: ...
+def shard(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    mesh: Mesh,
+    *,
+    units: Units = "auto",
+    init: Init | None = None,
+    elementwise: bool = False,
+    seed: int = 0,
+    config: ZeroConfig | None = None,
+    **options: Any,
+) -> tuple[nn.Module, ZeroOptimizer | list[ZeroOptimizer] | None]:
     """Cut ``model``'s states over the ranks of ``mesh``'s data axis; every rank must call it with the same model.
 
     Returns the same module object and the optimizer over this rank's segments (a list for a list, None for None).
-    ``units``: which modules are gathered together: ``"auto"`` (elements of the outermost lists of layers, large embeddings and
+    ``units``: which modules are gathered together: ``"auto"`` (elements of the outermost lists of layers, large
+    embeddings and
     projections), a list of modules, or a predicate ``(name, module) -> bool``.
     ``init``: ``init(name, tensor)`` fills a parameter or buffer that is on the meta device; None: the modules' own
     ``reset_parameters``, seeded by (``seed``, name), so the values do not depend on the number of ranks.
@@ -93,7 +131,8 @@ def shard(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None, m
 
 @contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
-    """Backward passes inside add up on this rank only; the first one outside reduces the sum. Holds whole gradients meanwhile."""
+    """Backward passes inside add up on this rank only; the first one outside reduces the sum. Holds whole gradients
+    meanwhile."""
     engine = engine_of(model)
     before, engine.syncs = engine.syncs, False
     try:
@@ -188,7 +227,9 @@ def _configure(config: ZeroConfig | None, options: dict[str, Any]) -> ZeroConfig
 
 
 def _agree_on_model(model: nn.Module, mesh: Mesh, config: ZeroConfig) -> None:
-    described = [[name, str(param.dtype), list(param.shape), param.requires_grad] for name, param in model.named_parameters()]
+    described = [
+        [name, str(param.dtype), list(param.shape), param.requires_grad] for name, param in model.named_parameters()
+    ]
     everyone = mesh.comm("dp").all_gather_json(described)
     for rank, other in enumerate(everyone):
         for mine, theirs in zip(everyone[0], other, strict=False):
@@ -199,8 +240,16 @@ def _agree_on_model(model: nn.Module, mesh: Mesh, config: ZeroConfig) -> None:
     mesh.comm("dp").require_equal(repr(config), "the [zero] configuration")
 
 
-def _build(model: nn.Module, specs: Sequence[UnitSpec], mesh: Mesh, config: ZeroConfig, meter: Meter, init: Init | None,
-           seed: int, replaced: dict[int, nn.Parameter]) -> list[Unit]:
+def _build(
+    model: nn.Module,
+    specs: Sequence[UnitSpec],
+    mesh: Mesh,
+    config: ZeroConfig,
+    meter: Meter,
+    init: Init | None,
+    seed: int,
+    replaced: dict[int, nn.Parameter],
+) -> list[Unit]:
     parameters = dict(model.named_parameters())
     keep = shared_units(model, specs)
     units = []
@@ -210,8 +259,12 @@ def _build(model: nn.Module, specs: Sequence[UnitSpec], mesh: Mesh, config: Zero
             comms = _comms(mesh, key.axis, config)
             params = [parameters[name] for name in names]
             if params[0].device.type != mesh.device.type:
-                raise ConfigError(f"{names[0]} is on {params[0].device}, the mesh on {mesh.device}: call model.to(mesh.device) first")
-            layout = lay_out([p.numel() for p in params], comms.inside.size, key.dtype.itemsize, key.cut, comms.across.size)
+                raise ConfigError(
+                    f"{names[0]} is on {params[0].device}, the mesh on {mesh.device}: call model.to(mesh.device) first"
+                )
+            layout = lay_out(
+                [p.numel() for p in params], comms.inside.size, key.dtype.itemsize, key.cut, comms.across.size
+            )
             flat = Flat(params, names, layout, config.row, comms, key.optimizer, key.cut == "parameter", meter)
             fill_flat(model, flat, init, seed, replaced)
             flats.append(flat)
@@ -247,13 +300,16 @@ def _attach(model: nn.Module, engine: Engine) -> None:
                 by_id[id(param)].names = (*by_id[id(param)].names, name)
                 continue
             flat, piece = pieces[id(param)]
-            entry = Entry(names=(name,), shape=param.shape, dtype=param.dtype, piece=piece, writes=flat.comms.across.rank == 0)
+            entry = Entry(
+                names=(name,), shape=param.shape, dtype=param.dtype, piece=piece, writes=flat.comms.across.rank == 0
+            )
             by_id[id(param)] = entries[name] = entry
         attach_shard_map(module, ZeroMap(entries=entries, publish=publish, engine=engine))
 
 
 def _piece(flat: Flat, index: int) -> Piece | None:
-    """What this rank answers for of one parameter: its segment; where the optimizer is replicated, still only its shard of it."""
+    """What this rank answers for of one parameter: its segment; where the optimizer is replicated, still only its
+    shard of it."""
     overlap = flat.layout.overlap(index, flat.comm.rank)
     segment = flat.segments[index]
     if overlap is None or segment is None:
@@ -279,6 +335,9 @@ def _state_keys(model: nn.Module) -> list[str]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
         keys += [dot + name for name, param in module._parameters.items() if param is not None]
-        keys += [dot + name for name, buffer in module._buffers.items()
-                 if buffer is not None and name not in module._non_persistent_buffers_set]
+        keys += [
+            dot + name
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set
+        ]
     return keys or persistent

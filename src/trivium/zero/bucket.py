@@ -3,11 +3,13 @@
 ZeRO section 5.2 (P_os+g: bucketed reduction to the owner) and section 6.2 (C_B, constant-size buffers).
 
 [Note: minus zero]
-x + (-0.0) is x for every x, and (-0.0) + x too; +0.0 is not neutral, since (-0.0) + (+0.0) is +0.0. So what a rank has no gradient
+x + (-0.0) is x for every x, and (-0.0) + x too; +0.0 is not neutral, since (-0.0) + (+0.0) is +0.0. So what a rank
+has no gradient
 for counts as -0.0, and the sum has the bits of a process that accumulated only the gradients that exist.
 
 [Note: running sum]
-Ranks are folded one after another into the running sum, micro-batch after micro-batch: one process that runs all of them in turn
+Ranks are folded one after another into the running sum, micro-batch after micro-batch: one process that runs all of
+them in turn
 adds in the same order. The average is one division of that sum, so with averaging the undivided sum is kept apart while
 gradients accumulate.
 """
@@ -42,7 +44,8 @@ class _Flight:
 class Reducer:
     """Reduces whole flats: each rank ends with the sum over ranks of its own part.
 
-    ``reduce`` must be called on every rank for the same flats in the same order; ``finish`` waits for all. Sends (N-1)/N of each
+    ``reduce`` must be called on every rank for the same flats in the same order; ``finish`` waits for all. Sends
+    (N-1)/N of each
     flat. Holds two pieces in flight in buffers of at most twice ``bucket_bytes`` in all.
     """
 
@@ -62,7 +65,8 @@ class Reducer:
     def begin(self, flat: Flat, *, accumulate: bool, keep_sum: bool, divided: bool) -> None:
         """Prepare ``flat`` for one backward: add to what was reduced before (``accumulate``) or start afresh.
 
-        ``keep_sum``: more micro-batches may follow, keep the undivided sum. ``divided``: what is in the gradient now is an average.
+        ``keep_sum``: more micro-batches may follow, keep the undivided sum. ``divided``: what is in the gradient now
+        is an average.
         """
         key = id(flat)
         apart = keep_sum or (accumulate and (self._config.average or not flat.row.gradient))
@@ -128,7 +132,9 @@ class Reducer:
         if flat.comms.across.size > 1:
             flat.comms.across.all_gather(flat.own_gradient(), part, "backward").wait()
         if not flat.row.optimizer:
-            return flat.comms.inside.all_gather(flat.gradient_memory(self.gradient_dtype(flat)), flat.own_gradient(), "backward")
+            return flat.comms.inside.all_gather(
+                flat.gradient_memory(self.gradient_dtype(flat)), flat.own_gradient(), "backward"
+            )
         return None
 
     def _slot(self, flat: Flat, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,7 +162,9 @@ class Reducer:
         flight.handle.wait()
         flat = flight.flat
         total = self._sums.get(id(flat))
-        target = (flat.own_part() if total is None else total)[flight.start:flight.start + flight.received_Nc.shape[1]]
+        target = (flat.own_part() if total is None else total)[
+            flight.start : flight.start + flight.received_Nc.shape[1]
+        ]
         rows = flight.received_Nc[:1] if flight.native else flight.received_Nc
         if target.dtype == flat.dtype and (not flat.low_precision or self._config.reduce_dtype == "parameter"):
             _fold(target, rows, afresh=id(flat) not in self._continues)
@@ -192,14 +200,14 @@ def _stage(row: torch.Tensor, flat: Flat, begin: int, gradients: Gradients) -> N
         if offset >= end:
             break
         if offset > position:
-            row[position - begin:offset - begin].zero_()
+            row[position - begin : offset - begin].zero_()
             position = offset
         stop = min(offset + numel, end)
-        gradient, target = gradients[index], row[position - begin:stop - begin]
+        gradient, target = gradients[index], row[position - begin : stop - begin]
         if gradient is None:
             target.fill_(-0.0)
         else:
-            target.copy_(gradient[position - offset:stop - offset])
+            target.copy_(gradient[position - offset : stop - offset])
         position = stop
     if position < end:
-        row[position - begin:].zero_()
+        row[position - begin :].zero_()

@@ -1,13 +1,18 @@
 """When to gather what, and how ranks that differ stay together.
 
-ZeRO section 7.2.2: gathering the next layer overlaps computing this one; at any number of ranks nobody waits for a peer that
+ZeRO section 7.2.2: gathering the next layer overlaps computing this one; at any number of ranks nobody waits for a
+peer that
 never comes.
 
 [Note: fast and careful]
-A pass (forward or backward) whose gathers were recorded before is walked *fast*: every rank issues the recorded gathers, in order,
-ahead of need, and performs all of them even if it uses fewer. Before a pass the ranks compare the numbers of their records.
-Where these differ, or a rank needs what is not on the list, it goes on *carefully*: each gather is announced, and whoever is waiting
-at any meeting takes part in what others announce. So ranks may use different units, another order, or run fewer micro-batches.
+A pass (forward or backward) whose gathers were recorded before is walked *fast*: every rank issues the recorded
+gathers, in order,
+ahead of need, and performs all of them even if it uses fewer. Before a pass the ranks compare the numbers of their
+records.
+Where these differ, or a rank needs what is not on the list, it goes on *carefully*: each gather is announced, and
+whoever is waiting
+at any meeting takes part in what others announce. So ranks may use different units, another order, or run fewer
+micro-batches.
 Meetings, gathers and reductions travel in channels of their own, so their relative order is free.
 """
 
@@ -40,9 +45,12 @@ Rows = list[list[int]]
 
 
 class Conductor:
-    """Walks the units of one model. ``join`` takes part in a reduction that other ranks came for and this one did not."""
+    """Walks the units of one model. ``join`` takes part in a reduction that other ranks came for and this one did
+    not."""
 
-    def __init__(self, units: Sequence[Unit], control: Comm, num_words: int, depth: int, join: Callable[[Rows], None]) -> None:
+    def __init__(
+        self, units: Sequence[Unit], control: Comm, num_words: int, depth: int, join: Callable[[Rows], None]
+    ) -> None:
         self._units = tuple(units)
         self._control = control
         self._num_words = num_words
@@ -139,8 +147,13 @@ class Conductor:
                     return rows
                 self._join(rows)
                 continue
-            raise MismatchError("ranks are in different phases: " + ", ".join(
-                f"rank {self._control.ranks[rank]} in {Meeting(row[0]).name.lower()}" for rank, row in enumerate(rows)))
+            raise MismatchError(
+                "ranks are in different phases: "
+                + ", ".join(
+                    f"rank {self._control.ranks[rank]} in {Meeting(row[0]).name.lower()}"
+                    for rank, row in enumerate(rows)
+                )
+            )
 
     def _serve(self, units: Sequence[Unit], mine: int) -> None:
         for unit in units:

@@ -3,9 +3,11 @@
 ZeRO sections 5.2 and 5.3: gradients go to their owner as soon as a unit's are complete, parameters are dropped.
 
 [Note: order of reduction]
-Flats are reduced in one order on every rank: that in which rank 0 completed them in the first backward. A flat is launched as soon as it
+Flats are reduced in one order on every rank: that in which rank 0 completed them in the first backward. A flat is
+launched as soon as it
 is complete here and all before it have been launched; the rest follow at the end of backward, when the ranks have
-told each other which parameters were used. A flat that nobody used is not reduced, a parameter that nobody used is skipped.
+told each other which parameters were used. A flat that nobody used is not reduced, a parameter that nobody used is
+skipped.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ _WORD = 62
 class Engine:
     """The sharded states of one model and the passes over them."""
 
-    def __init__(self, units: Sequence[Unit], control: Comm, config: ZeroConfig, meter: Meter, scale: LossScale) -> None:
+    def __init__(
+        self, units: Sequence[Unit], control: Comm, config: ZeroConfig, meter: Meter, scale: LossScale
+    ) -> None:
         self.units, self.control, self.config, self.meter, self.scale = tuple(units), control, config, meter, scale
         self.flats = tuple(flat for unit in units for flat in unit.flats)
         self.trainable = tuple(flat for flat in self.flats if flat.trainable)
@@ -68,8 +72,10 @@ class Engine:
             self._forget_backward()
         for flat in self.flats:
             if not flat.trainable and any(param.requires_grad for param in flat.params):
-                raise ConfigError(f"{flat.names[0]} was frozen when the model was sharded and requires a gradient now: "
-                                  "set requires_grad before calling shard")
+                raise ConfigError(
+                    f"{flat.names[0]} was frozen when the model was sharded and requires a gradient now: "
+                    "set requires_grad before calling shard"
+                )
         self.conductor.begin(Meeting.FORWARD, "forward with gradient" if torch.is_grad_enabled() else "forward")
 
     def end_forward(self) -> None:
@@ -239,9 +245,17 @@ class Engine:
 
     def _words(self) -> list[int]:
         """How far this rank has launched, and a bit per parameter that has a gradient here."""
-        bits = [param in unit.arrived or param.grad is not None
-                for unit in self.units for flat in unit.flats if flat.trainable for param in flat.params]
-        words = [sum(bit << place for place, bit in enumerate(bits[start:start + _WORD])) for start in range(0, len(bits), _WORD)]
+        bits = [
+            param in unit.arrived or param.grad is not None
+            for unit in self.units
+            for flat in unit.flats
+            if flat.trainable
+            for param in flat.params
+        ]
+        words = [
+            sum(bit << place for place, bit in enumerate(bits[start : start + _WORD]))
+            for start in range(0, len(bits), _WORD)
+        ]
         return [self._launched, *words]
 
     def _reduce_with(self, rows: Rows) -> None:
@@ -251,9 +265,9 @@ class Engine:
             self._begin_reduction()
         reducing = [row for row in rows if row[0] == Meeting.REDUCE]
         used = self._used_by_anyone(reducing)
-        for number in self._order[self._launched:max(row[1] for row in reducing)]:
+        for number in self._order[self._launched : max(row[1] for row in reducing)]:
             self._launch(number)
-        for number in self._order[self._launched:]:
+        for number in self._order[self._launched :]:
             if used[number]:
                 self._launch(number)
         self._launched = len(self._order)
@@ -268,8 +282,13 @@ class Engine:
         used: list[set[int]] = []
         position = 0
         for flat in self.trainable:
-            used.append({index for index in range(len(flat.params))
-                         if together[(position + index) // _WORD] >> (position + index) % _WORD & 1})
+            used.append(
+                {
+                    index
+                    for index in range(len(flat.params))
+                    if together[(position + index) // _WORD] >> (position + index) % _WORD & 1
+                }
+            )
             position += len(flat.params)
         return used
 

@@ -3,8 +3,10 @@
 ZeRO section 5.3 (P_os+g+p): sharded, gathered just in time, released.
 
 [Note: storage for life]
-Autograd saves *views* of parameters (a linear layer saves ``weight.t()``). Were a gathered parameter put into new storage, backward
-would read the old one. So a flat has one storage for life: releasing resizes it to nothing, gathering fills the very same
+Autograd saves *views* of parameters (a linear layer saves ``weight.t()``). Were a gathered parameter put into new
+storage, backward
+would read the old one. So a flat has one storage for life: releasing resizes it to nothing, gathering fills the very
+same
 storage through an alias that shares no version counter with the parameters. A released parameter points to a single
 NaN expanded to its shape: reading it by accident gives NaN, never stale values and never a crash.
 """
@@ -34,7 +36,8 @@ class State(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Comms:
-    """The ranks that reduce a flat's gradient together (``world``), cut into sharding groups (``inside``, ``across``)."""
+    """The ranks that reduce a flat's gradient together (``world``), cut into sharding groups (``inside``,
+    ``across``)."""
 
     world: Comm
     inside: Comm
@@ -48,13 +51,24 @@ class Comms:
 class Flat:
     """Parameters of one dtype, placement and optimizer, laid out end to end and cut into shards.
 
-    ``whole`` [numel] and ``shard`` [shard_numel] have the parameters' dtype; ``master`` is the fp32 copy the optimizer updates, the
-    very same memory where the parameters are fp32 already. ``segments[i]`` is what the optimizer sees of parameter i (None:
+    ``whole`` [numel] and ``shard`` [shard_numel] have the parameters' dtype; ``master`` is the fp32 copy the
+    optimizer updates, the
+    very same memory where the parameters are fp32 already. ``segments[i]`` is what the optimizer sees of parameter i
+    (None:
     nothing of it is here). ``gradient`` appears with the first backward.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter], names: Sequence[str], layout: Layout, row: Row, comms: Comms,
-                 optimizer: int | None, whole_parameters: bool, meter: Meter) -> None:
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        names: Sequence[str],
+        layout: Layout,
+        row: Row,
+        comms: Comms,
+        optimizer: int | None,
+        whole_parameters: bool,
+        meter: Meter,
+    ) -> None:
         self.params, self.names = tuple(params), tuple(names)
         self.layout, self.row, self.comms, self.comm = layout, row, comms, comms.inside
         self.optimizer, self.whole_parameters, self.meter = optimizer, whole_parameters, meter
@@ -66,7 +80,9 @@ class Flat:
         self.gradient: torch.Tensor | None = None
         self.state = State.WHOLE
         self._handle: Handle | None = None
-        self.nan_views = tuple(torch.full((), float("nan"), dtype=self.dtype, device=self.device).expand(s) for s in self.shapes)
+        self.nan_views = tuple(
+            torch.full((), float("nan"), dtype=self.dtype, device=self.device).expand(s) for s in self.shapes
+        )
 
     def adopt(self) -> None:
         """Take the parameters' present values into the flat and keep what this rank holds of them."""
@@ -76,7 +92,8 @@ class Flat:
         self._settle()
 
     def adopt_shard(self, shard: torch.Tensor) -> None:
-        """Take values that were cut to this rank's shard already ([shard_numel]); the flat never exists whole unless it stays."""
+        """Take values that were cut to this rank's shard already ([shard_numel]); the flat never exists whole unless
+        it stays."""
         self._allocate(materialise=not self.row.parameter)
         if self.row.parameter:
             self.shard = shard
@@ -130,7 +147,8 @@ class Flat:
         self.state = State.SHARDED
 
     def start_publish(self) -> Handle | None:
-        """Bring parameters up to what the optimizer wrote into the segments: cast, then all-gather where they are replicated."""
+        """Bring parameters up to what the optimizer wrote into the segments: cast, then all-gather where they are
+        replicated."""
         if self.master is not self._parameter_memory():
             self._parameter_memory().copy_(self.master)
         if self.row.optimizer and not self.row.parameter:
@@ -147,7 +165,8 @@ class Flat:
             self.master.copy_(torch.where(changed, source.float(), self.master))
 
     def gradient_memory(self, dtype: torch.dtype) -> torch.Tensor:
-        """The buffer of reduced gradients, made on first use: [numel] where gradients are replicated, else [shard_numel]."""
+        """The buffer of reduced gradients, made on first use: [numel] where gradients are replicated, else
+        [shard_numel]."""
         if self.gradient is None:
             numel = self.layout.shard_numel if self.row.gradient else self.layout.numel
             self.gradient = torch.zeros(numel, dtype=dtype, device=self.device)
@@ -162,9 +181,10 @@ class Flat:
         return self.gradient if self.row.gradient else self.gradient[self.own]
 
     def own_part(self) -> torch.Tensor:
-        """What of the gradient this rank itself reduces: its shard, divided among the ranks that hold the same shard."""
+        """What of the gradient this rank itself reduces: its shard, divided among the ranks that hold the same
+        shard."""
         numel = self.layout.part_numel
-        return self.own_gradient()[self.comms.across.rank * numel:(self.comms.across.rank + 1) * numel]
+        return self.own_gradient()[self.comms.across.rank * numel : (self.comms.across.rank + 1) * numel]
 
     def gradient_of(self, index: int) -> torch.Tensor | None:
         """The gradient that belongs to ``segments[index]``, shaped like it."""
@@ -173,11 +193,11 @@ class Flat:
             return None
         if not self.row.optimizer:
             start = self.layout.offsets[index]
-            return gradient[start:start + segment.numel()].view(segment.shape)
+            return gradient[start : start + segment.numel()].view(segment.shape)
         overlap = self.layout.overlap(index, self.comm.rank)
         if overlap is None:
             return None
-        return self.own_gradient()[overlap.at:overlap.at + overlap.length].view(segment.shape)
+        return self.own_gradient()[overlap.at : overlap.at + overlap.length].view(segment.shape)
 
     def _allocate(self, materialise: bool = True) -> None:
         self.whole = torch.zeros(self.layout.numel if materialise else 0, dtype=self.dtype, device=self.device)
@@ -206,7 +226,9 @@ class Flat:
 
     def _make_segments(self) -> None:
         memory = self._parameter_memory()
-        self.meter.add("parameters", self.whole_bytes if not self.row.parameter else self.shard.numel() * self.dtype.itemsize)
+        self.meter.add(
+            "parameters", self.whole_bytes if not self.row.parameter else self.shard.numel() * self.dtype.itemsize
+        )
         self.master = memory
         if self.low_precision and self.trainable:
             self.master = memory.float()
@@ -221,8 +243,10 @@ class Flat:
             else:
                 segments.append(None)
                 continue
-            data = self.master[start:start + length]
-            segments.append(nn.Parameter(data.view(shape) if self.whole_parameters else data, requires_grad=self.trainable))
+            data = self.master[start : start + length]
+            segments.append(
+                nn.Parameter(data.view(shape) if self.whole_parameters else data, requires_grad=self.trainable)
+            )
         self.segments = tuple(segments)
 
     def _parameter_memory(self) -> torch.Tensor:
@@ -230,8 +254,10 @@ class Flat:
         return self.shard if self.row.optimizer else self.whole
 
     def _views_of(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(flat[start:start + shape.numel()].view(shape)
-                     for start, shape in zip(self.layout.offsets, self.shapes, strict=True))
+        return tuple(
+            flat[start : start + shape.numel()].view(shape)
+            for start, shape in zip(self.layout.offsets, self.shapes, strict=True)
+        )
 
     def _point(self, views: Sequence[torch.Tensor]) -> None:
         for param, view in zip(self.params, views, strict=True):

@@ -52,7 +52,7 @@ def _after(engine: Engine, unit: Unit, is_root: bool, module: nn.Module, args: A
             register_multi_grad_hook(outputs, lambda grad: engine.enter_backward(unit), mode="any")
             if is_root and engine.scale.value != 1.0 and not engine.recomputing:
                 for tensor in outputs:
-                    tensor.register_hook(lambda grad: grad * engine.scale.value)
+                    tensor.register_hook(lambda grad: grad * engine.scale.value)  # type: ignore[no-untyped-call]
     engine.leave(unit)
     if is_root:
         engine.end_forward()

@@ -1,4 +1,5 @@
-"""Give meta parameters their values, a module at a time, and cut them at once: the model never exists whole on one rank.
+"""Give meta parameters their values, a module at a time, and cut them at once: the model never exists whole on one
+rank.
 
 ZeRO section 5.3 (a model larger than one device). Values depend on (seed, name) only, never on the number of ranks.
 """
@@ -23,7 +24,8 @@ def seed_of(seed: int, name: str) -> int:
 
 
 def replace_meta(model: nn.Module, device: torch.device) -> dict[int, nn.Parameter]:
-    """Put parameters without memory on ``device`` in place of meta ones, under every name; ``id`` of the new → the old one."""
+    """Put parameters without memory on ``device`` in place of meta ones, under every name; ``id`` of the new → the
+    old one."""
     new: dict[int, nn.Parameter] = {}
     replaced: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -58,7 +60,9 @@ def fill_flat(model: nn.Module, flat: Flat, init: Init | None, seed: int, replac
             value = values.pop(name)
         overlap = flat.layout.overlap(index, flat.comm.rank)
         if overlap is not None:
-            shard[overlap.at:overlap.at + overlap.length].copy_(value.reshape(-1)[overlap.start:overlap.start + overlap.length])
+            shard[overlap.at : overlap.at + overlap.length].copy_(
+                value.reshape(-1)[overlap.start : overlap.start + overlap.length]
+            )
     flat.adopt_shard(shard)
 
 
@@ -85,17 +89,21 @@ def fill_buffers(model: nn.Module, device: torch.device, init: Init | None, seed
 
 
 def _reset(module: nn.Module, owner: str, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
-    """Fresh values of a module's own parameters from its ``reset_parameters``; the module keeps the parameters it has."""
+    """Fresh values of a module's own parameters from its ``reset_parameters``; the module keeps the parameters it
+    has."""
     reset = getattr(module, "reset_parameters", None)
     if not callable(reset):
-        raise ConfigError(f"{owner or 'the model'} ({type(module).__name__}) is on the meta device and has no reset_parameters: "
-                          "pass init=(name, tensor) -> None to shard")
+        raise ConfigError(
+            f"{owner or 'the model'} ({type(module).__name__}) is on the meta device and has no reset_parameters: "
+            "pass init=(name, tensor) -> None to shard"
+        )
     kept = dict(module._parameters)
     try:
         for name, param in kept.items():
             if param is not None:
-                module._parameters[name] = nn.Parameter(torch.empty(param.shape, dtype=param.dtype, device=device),
-                                                        requires_grad=param.requires_grad)
+                module._parameters[name] = nn.Parameter(
+                    torch.empty(param.shape, dtype=param.dtype, device=device), requires_grad=param.requires_grad
+                )
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(seed, owner))
             reset()

@@ -3,9 +3,12 @@
 ZeRO clips by the global norm (section 10 trains with it); the paper leaves the summation open.
 
 [Note: order-free norm]
-Floating-point sums depend on their order, so on the number of ranks. Chunks of 16 elements are never split between ranks: each is
-summed in one fixed way. The chunks' squares are then rounded to a grid that the largest gradient element fixes (agreed by
-all ranks) and added as integers, which is exact in any order. Two grids, the second for what the first cut off, keep 60 bits.
+Floating-point sums depend on their order, so on the number of ranks. Chunks of 16 elements are never split between
+ranks: each is
+summed in one fixed way. The chunks' squares are then rounded to a grid that the largest gradient element fixes
+(agreed by
+all ranks) and added as integers, which is exact in any order. Two grids, the second for what the first cut off, keep
+60 bits.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ _SAFE = (1e-12, 1e15)
 
 
 def order_free_norm(parts: Sequence[torch.Tensor], comm: Comm) -> float:
-    """The 2-norm of all ranks' ``parts`` together (1-D, each a multiple of 16 elements). Collective; two small agreements.
+    """The 2-norm of all ranks' ``parts`` together (1-D, each a multiple of 16 elements). Collective; two small
+    agreements.
 
     Within 1e-6 of the norm in fp64. NaN where anything is NaN or infinite.
     """
@@ -40,7 +44,7 @@ def order_free_norm(parts: Sequence[torch.Tensor], comm: Comm) -> float:
     high = low = 0
     for part in parts:
         for start in range(0, part.numel(), _BLOCK):
-            more = _sum_block(part[start:start + _BLOCK], exponent, fine, wide)
+            more = _sum_block(part[start : start + _BLOCK], exponent, fine, wide)
             high, low = high + more[0], low + more[1]
     high, low = comm.all_reduce_ints([high, low])
     total = (high << fine) + low

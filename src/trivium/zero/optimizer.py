@@ -21,7 +21,10 @@ from trivium.zero.norm import order_free_norm
 from trivium.zero.placement import Cut
 
 _CUTS: dict[str, Cut] = {
-    **dict.fromkeys(("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "ASGD", "Adadelta", "Adagrad", "RMSprop", "Rprop"), "element"),
+    **dict.fromkeys(
+        ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "ASGD", "Adadelta", "Adagrad", "RMSprop", "Rprop"),
+        "element",
+    ),
     **dict.fromkeys(("Muon", "Adafactor"), "parameter"),
 }
 _REFUSED = {
@@ -31,7 +34,8 @@ _REFUSED = {
 
 
 def cut_of(optimizer: Optimizer, elementwise: bool) -> Cut:
-    """How parameters may be cut for ``optimizer``: by element, or only whole. Raises ConfigError for one that cannot be."""
+    """How parameters may be cut for ``optimizer``: by element, or only whole. Raises ConfigError for one that cannot
+    be."""
     kind = type(optimizer)
     known = kind.__module__.startswith("torch.optim.")
     if known and kind.__name__ in _REFUSED:
@@ -42,14 +46,17 @@ def cut_of(optimizer: Optimizer, elementwise: bool) -> Cut:
         return _CUTS[kind.__name__]
     if elementwise:
         return "element"
-    raise ConfigError(f"{kind.__module__}.{kind.__name__} is not known to update each element on its own: pass elementwise=True "
-                      f"to shard if it does; known are {', '.join(sorted(_CUTS))}")
+    raise ConfigError(
+        f"{kind.__module__}.{kind.__name__} is not known to update each element on its own: pass elementwise=True "
+        f"to shard if it does; known are {', '.join(sorted(_CUTS))}"
+    )
 
 
 class ZeroOptimizer(Optimizer):
     """The user's optimizer over sharded parameters. ``param_groups`` holds the user's own dict objects.
 
-    ``group["params"]`` are this rank's segments; after backward their ``.grad`` is the reduced gradient. ``step``, ``zero_grad`` and
+    ``group["params"]`` are this rank's segments; after backward their ``.grad`` is the reduced gradient. ``step``,
+    ``zero_grad`` and
     ``clip_grad_norm_`` must be called on every rank.
     """
 
@@ -88,7 +95,8 @@ class ZeroOptimizer(Optimizer):
         self._engine.zero_grad(self._flats)
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Scale gradients so that their norm over all ranks is at most ``max_norm``; returns the norm before (fp64, 0-dim).
+        """Scale gradients so that their norm over all ranks is at most ``max_norm``; returns the norm before (fp64,
+        0-dim).
 
         The norm has the same bits for the same gradient at every stage and number of ranks.
         """
@@ -96,7 +104,8 @@ class ZeroOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update this rank's segments, then bring the parameters up to date everywhere. Skipped when a gradient is not finite."""
+        """Update this rank's segments, then bring the parameters up to date everywhere. Skipped when a gradient is
+        not finite."""
         loss: float | None = None
         if closure is not None:
             with torch.enable_grad():
@@ -116,7 +125,8 @@ class ZeroOptimizer(Optimizer):
         return {**self._inner.state_dict(), "loss_scale": self._engine.scale.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` gave on this rank. For other stages or numbers of ranks use ``trivium.checkpoint``."""
+        """Load what ``state_dict`` gave on this rank. For other stages or numbers of ranks use
+        ``trivium.checkpoint``."""
         state = dict(state_dict)
         scale = state.pop("loss_scale", None)
         self._inner.load_state_dict(state)
@@ -145,14 +155,21 @@ class ZeroOptimizer(Optimizer):
             handle.wait()
         if not self._counted:
             self._counted = True
-            self._engine.meter.add("optimizer", sum(
-                value.numel() * value.element_size() for state in self._inner.state.values() for value in state.values()
-                if isinstance(value, torch.Tensor) and value.dim() > 0))
+            self._engine.meter.add(
+                "optimizer",
+                sum(
+                    value.numel() * value.element_size()
+                    for state in self._inner.state.values()
+                    for value in state.values()
+                    if isinstance(value, torch.Tensor) and value.dim() > 0
+                ),
+            )
 
 
 @torch.no_grad()
 def clip_grad_norm_(optimizers: Sequence[ZeroOptimizer], max_norm: float) -> torch.Tensor:
-    """Clip several optimizers of one model together, by the norm over all their parameters. Returns it (fp64, 0-dim)."""
+    """Clip several optimizers of one model together, by the norm over all their parameters. Returns it (fp64,
+    0-dim)."""
     engine = optimizers[0]._engine
     engine.conductor.meet(Meeting.CLIP)
     flats = [flat for optimizer in optimizers for flat in optimizer._flats]
@@ -170,14 +187,17 @@ def clip_grad_norm_(optimizers: Sequence[ZeroOptimizer], max_norm: float) -> tor
 def take_segments(inner: Optimizer, flats: Iterable[Flat], old: dict[int, nn.Parameter]) -> None:
     """Put this rank's segments where ``inner`` holds whole parameters: in its groups and as keys of its state.
 
-    ``old`` maps ``id`` of a parameter now in a flat to the object the optimizer was built with (another one only for meta parameters).
+    ``old`` maps ``id`` of a parameter now in a flat to the object the optimizer was built with (another one only for
+    meta parameters).
     """
     place = {id(old.get(id(param), param)): (flat, index) for flat in flats for index, param in enumerate(flat.params)}
     for group in inner.param_groups:
         kept = []
         for param in group["params"]:
             if id(param) not in place:
-                raise ConfigError(f"the optimizer holds a parameter of shape {tuple(param.shape)} that is not in the model")
+                raise ConfigError(
+                    f"the optimizer holds a parameter of shape {tuple(param.shape)} that is not in the model"
+                )
             flat, index = place[id(param)]
             segment = flat.segments[index]
             state = inner.state.pop(param, None)
@@ -194,16 +214,19 @@ def _cut_state(value: Any, flat: Flat, index: int) -> Any:
     if not isinstance(value, torch.Tensor) or value.shape != flat.shapes[index] or value.dim() == 0:
         return value
     if value.is_meta:
-        raise ConfigError(f"the optimizer keeps state for {flat.names[index]} on the meta device: build it from real parameters")
+        raise ConfigError(
+            f"the optimizer keeps state for {flat.names[index]} on the meta device: build it from real parameters"
+        )
     segment = flat.segments[index]
     overlap = flat.layout.overlap(index, flat.comm.rank)
     if segment is None or overlap is None or not flat.row.optimizer:
         return value.reshape(-1).clone() if not flat.whole_parameters else value.clone()
-    return value.reshape(-1)[overlap.start:overlap.start + overlap.length].clone().view(segment.shape)
+    return value.reshape(-1)[overlap.start : overlap.start + overlap.length].clone().view(segment.shape)
 
 
 def _widen(flat: Flat, scale: float) -> Callable[[], None]:
-    """Let the fp32 segments of a 16-bit flat see their gradients in fp32, unscaled, for one step; returns what undoes it."""
+    """Let the fp32 segments of a 16-bit flat see their gradients in fp32, unscaled, for one step; returns what undoes
+    it."""
     kept: list[tuple[nn.Parameter, torch.Tensor]] = []
     for segment in flat.segments:
         if segment is not None and segment.grad is not None:
@@ -223,7 +246,8 @@ def _widen(flat: Flat, scale: float) -> Callable[[], None]:
 
 
 def _chunk(flats: Sequence[Flat], bucket_bytes: int) -> list[list[Flat]]:
-    """Flats that are stepped together: all at once where nothing is sent or cast afterwards, else about a bucket at a time."""
+    """Flats that are stepped together: all at once where nothing is sent or cast afterwards, else about a bucket at a
+    time."""
     if not any(flat.low_precision or (flat.row.optimizer and not flat.row.parameter) for flat in flats):
         return [list(flats)] if flats else []
     chunks: list[list[Flat]] = []

@@ -3,7 +3,8 @@
 ZeRO sections 5.1 to 5.3 (P_os, P_os+g, P_os+g+p). Pure integers: the planner calls the very same functions.
 
 [Note: alignment]
-Each parameter starts on a multiple of ALIGNMENT elements, and so does each shard. 64 bytes keep GEMM results independent of
+Each parameter starts on a multiple of ALIGNMENT elements, and so does each shard. 64 bytes keep GEMM results
+independent of
 where a weight lies; sixteen elements are the chunk of the order-free norm, which therefore never spans two ranks.
 """
 
@@ -129,8 +130,11 @@ def alignment(element_bytes: int) -> int:
     return max(CHUNK, 64 // element_bytes)
 
 
-def lay_out(numels: Sequence[int], num_shards: int, element_bytes: int, cut: Cut = "element", replicas: int = 1) -> Layout:
-    """Place parameters of ``numels`` elements in one flat of ``num_shards`` equal shards, each held by ``replicas`` ranks."""
+def lay_out(
+    numels: Sequence[int], num_shards: int, element_bytes: int, cut: Cut = "element", replicas: int = 1
+) -> Layout:
+    """Place parameters of ``numels`` elements in one flat of ``num_shards`` equal shards, each held by ``replicas``
+    ranks."""
     align = alignment(element_bytes)
     if cut == "parameter":
         return _by_parameter(numels, num_shards, align, replicas)
@@ -138,7 +142,9 @@ def lay_out(numels: Sequence[int], num_shards: int, element_bytes: int, cut: Cut
     for numel in numels:
         offsets.append(end)
         end += _round_up(numel, align)
-    return Layout(tuple(numels), tuple(offsets), num_shards, _round_up(end, align * num_shards * replicas) // num_shards, replicas)
+    return Layout(
+        tuple(numels), tuple(offsets), num_shards, _round_up(end, align * num_shards * replicas) // num_shards, replicas
+    )
 
 
 def piece_numel(ranks: int, bucket_bytes: int, element_bytes: int) -> int:

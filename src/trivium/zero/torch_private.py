@@ -12,7 +12,7 @@ import torch
 
 def at_end_of_backward(call: Callable[[], None]) -> None:
     """Run ``call`` when the backward pass under way has finished."""
-    torch.autograd.Variable._execution_engine.queue_callback(call)  # type: ignore[no-untyped-call]
+    torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
 def backward_id() -> int:
@@ -22,4 +22,4 @@ def backward_id() -> int:
 
 def will_receive_gradient(node: torch.autograd.graph.Node) -> bool:
     """Whether ``node`` (a leaf's gradient accumulator) runs in the backward pass under way."""
-    return bool(torch._C._will_engine_execute_node(node))  # type: ignore[arg-type]
+    return bool(torch._C._will_engine_execute_node(node))

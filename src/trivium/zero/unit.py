@@ -25,7 +25,8 @@ class Unit:
         self.expected: set[nn.Parameter] | None = None
         self.arrived: set[nn.Parameter] = set()
         self._nodes: list[tuple[nn.Parameter, Node]] = [
-            (param, get_gradient_edge(param).node) for flat in self.flats if flat.trainable for param in flat.params]
+            (param, get_gradient_edge(param).node) for flat in self.flats if flat.trainable for param in flat.params
+        ]
 
     @property
     def sharded(self) -> bool:

@@ -1,6 +1,7 @@
 """Which modules are gathered together, and which flat buffers their parameters form.
 
-ZeRO section 7.2.2: parameters are gathered just before their layer runs. Works on meta modules as well: the planner uses it.
+ZeRO section 7.2.2: parameters are gathered just before their layer runs. Works on meta modules as well: the planner
+uses it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from trivium.zero.placement import Cut
 
 Units = str | Iterable[nn.Module] | Callable[[str, nn.Module], bool]
 _OWN_UNIT_NUMEL = 2**16
+_NO_OWNER: tuple[int | None, Cut] = (None, "element")
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,15 @@ def assign(root: nn.Module, units: Units, owner: Mapping[int, tuple[int, Cut]]) 
     specs = {name: UnitSpec(name=name, module=module) for name, module in root.named_modules() if name in chosen}
     for names, parameter in _by_identity(root).values():
         home = _home(names, specs)
-        number, cut = owner.get(id(parameter), (None, "element"))
+        number, cut = owner.get(id(parameter), _NO_OWNER)
         key = FlatKey(parameter.dtype, parameter.device, parameter.requires_grad, number, cut, _axis(root, names[0]))
         specs[home].flats.setdefault(key, []).append(names[0])
     return [spec for name, spec in specs.items() if spec.flats or name == ""]
 
 
 def shared_units(root: nn.Module, specs: Sequence[UnitSpec]) -> set[str]:
-    """Names of the units that stay gathered from forward to backward: the root's, and the last one run before backward."""
+    """Names of the units that stay gathered from forward to backward: the root's, and the last one run before
+    backward."""
     return {"", specs[-1].name}
 
 
@@ -70,7 +73,9 @@ def _choose(root: nn.Module, units: Units) -> set[str]:
     named = dict(root.named_modules())
     if isinstance(units, str):
         if units != "auto":
-            raise ConfigError(f"units={units!r}: expected 'auto', a list of modules, or a predicate (name, module) -> bool")
+            raise ConfigError(
+                f"units={units!r}: expected 'auto', a list of modules, or a predicate (name, module) -> bool"
+            )
         return {""} | _automatic(root)
     if callable(units):
         return {""} | {name for name, module in named.items() if units(name, module)}
@@ -92,10 +97,16 @@ def _automatic(root: nn.Module) -> set[str]:
         if any(name == unit or name.startswith(unit + ".") for unit in chosen):
             continue
         if isinstance(module, nn.ModuleList | nn.Sequential):
-            inside = [f"{name}.{child}" if name else child for child, layer in module.named_children()
-                      if any(True for _ in layer.parameters())]
+            inside = [
+                f"{name}.{child}" if name else child
+                for child, layer in module.named_children()
+                if any(True for _ in layer.parameters())
+            ]
             chosen.update(inside)
-        elif isinstance(module, nn.Embedding | nn.Linear) and sum(p.numel() for p in module.parameters()) >= _OWN_UNIT_NUMEL:
+        elif (
+            isinstance(module, nn.Embedding | nn.Linear)
+            and sum(p.numel() for p in module.parameters()) >= _OWN_UNIT_NUMEL
+        ):
             chosen.add(name)
     return chosen
 
@@ -111,7 +122,9 @@ def _home(names: Sequence[str], specs: Mapping[str, UnitSpec]) -> str:
     paths = [name.split(".")[:-1] for name in names]
     common = paths[0]
     for path in paths[1:]:
-        length = next((i for i, (a, b) in enumerate(zip(common, path, strict=False)) if a != b), min(len(common), len(path)))
+        length = next(
+            (i for i, (a, b) in enumerate(zip(common, path, strict=False)) if a != b), min(len(common), len(path))
+        )
         common = common[:length]
     while common and ".".join(common) not in specs:
         common = common[:-1]
