@@ -48,6 +48,18 @@ def test_a_dead_rank_and_a_slow_rank_are_told(world: Worlds) -> None:
     assert time.monotonic() - begin < 30
 
 
+def test_an_interrupted_or_discarded_world_is_not_used_again(world: Worlds, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = world(1).pids
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.worlds.wait", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            world(1).run(cases.who)
+    second = world(1).pids
+    assert first != second
+    assert world(1).run(cases.who, discard=True)[0][3] == second[0]
+    assert world(1).pids != second
+
+
 def test_warnings_are_errors_and_skips_are_skips(world: Worlds) -> None:
     with pytest.raises(pytest.skip.Exception, match="not on this machine"):
         world(1).run(cases.skip)

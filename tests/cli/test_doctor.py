@@ -6,11 +6,14 @@ import importlib.metadata
 import json
 import shutil
 import socket
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
+from tests.worlds import child_environment
 from trivium.cli import doctor
 from trivium.cli.main import run
 
@@ -84,7 +87,15 @@ def test_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", missing)
     check = doctor.check_torch()
     assert check.status == "fail"
-    assert "does not load" in check.found
+    assert check.found == "is not installed"
+
+
+def test_a_machine_without_torch_still_gets_its_report() -> None:
+    program = "import sys; sys.modules['torch'] = None; from trivium.cli.main import main; main(['doctor', '--json'])"
+    done = subprocess.run([sys.executable, "-c", program], env=child_environment(), capture_output=True, text=True)
+    assert done.returncode == 3
+    assert done.stderr == "error: 1 thing needs fixing before Trivium can run here: torch\n"
+    assert [check["name"] for check in json.loads(done.stdout)["checks"]] == [*NAMES, "extras"]
 
 
 def test_full_disk(capsys, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,17 @@ def test_exit_interrupt_and_disk_errors(verb, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == "error: No such file or directory: /no/such/folder/file\n"
 
 
+def test_a_missing_package_is_named(verb, capsys: pytest.CaptureFixture[str]) -> None:
+    def probe(module: str) -> None:
+        frame.importlib.import_module(module)
+
+    verb(probe)
+    assert frame.run(["probe", "surely_not_there.part"]) == 3
+    assert "the package 'surely_not_there' is not installed; trivium doctor" in capsys.readouterr().err
+    with pytest.raises(ModuleNotFoundError):
+        frame.run(["probe", "trivium.not_a_room"])
+
+
 def test_a_defect_keeps_its_traceback(verb) -> None:
     def probe() -> None:
         raise ZeroDivisionError

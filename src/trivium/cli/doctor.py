@@ -108,7 +108,7 @@ def look() -> list[Check]:
     for probe in probes:
         try:
             checks.append(probe())
-        except (OSError, RuntimeError, ValueError, TriviumError) as error:
+        except (ImportError, OSError, RuntimeError, ValueError, TriviumError) as error:
             name = probe.__name__.removeprefix("check_").replace("_", " ")
             checks.append(Check(name=name, status="warn", found=f"could not be looked at: {error}"))
     return checks
@@ -131,6 +131,8 @@ def check_torch() -> Check:
     try:
         version = importlib.metadata.version("torch")
         import torch
+    except importlib.metadata.PackageNotFoundError:
+        return Check(name="torch", status="fail", found="is not installed", fix=fix)
     except (ImportError, OSError) as error:
         return Check(name="torch", status="fail", found=f"does not load: {error}", fix=fix)
     number = tuple(int(part) for part in re.findall(r"\d+", version)[:2])

@@ -53,6 +53,11 @@ def run(arguments: Sequence[str]) -> int:
         return INTERRUPTED
     except TriviumError as error:
         return _fail(str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "trivium"):
+            raise
+        return _fail(f"the package {package!r} is not installed; trivium doctor says what is missing", 3)
     except SystemExit as done:
         if isinstance(done.__context__, BrokenPipeError):  # rich's way to say so
             return _reader_gone()
