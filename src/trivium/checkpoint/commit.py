@@ -164,7 +164,7 @@ def disk_error(error: OSError, folder: Path, doing: str) -> CheckpointError | Ca
             f"{doing} {folder}: {error.strerror}, {free} free at {folder.parent}. Earlier checkpoints are "
             "intact; free some space"
         )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return ConfigError(f"{doing} {folder}: {error.strerror}. Choose a folder you may write")
     return CheckpointError(
         f"{doing} {folder}: {error.strerror or error}. Earlier checkpoints are intact; check the disk"

@@ -55,6 +55,6 @@ def report(folder: Path, rows: Iterable[Difference]) -> str:
     if len(listed) > _MAX_ROWS:
         lines.append(f"… and {len(listed) - _MAX_ROWS} more")
     return (
-        f"{folder} and the model differ: {counts}. Build the model of the checkpoint, or pass strict=False to skip these:\n"
-        + "\n".join(f"  {line}" for line in lines)
+        f"{folder} and the model differ: {counts}. Build the model of the checkpoint, or pass strict=False to "
+        "skip these:\n" + "\n".join(f"  {line}" for line in lines)
     )

@@ -109,7 +109,7 @@ def _header(folder: Path, file: str) -> dict[str, Stored]:
 
 
 def _inside(folder: Path, file: str) -> Path:
-    """The real path of ``file``; links may stay in the folder or lead to the blobs of the same Hugging Face cache entry."""
+    """The real path of ``file``; links may stay in the folder or lead to the blobs of the same Hugging Face cache."""
     real, home = Path(os.path.realpath(folder / file)), Path(os.path.realpath(folder))
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if home not in real.parents and blobs not in real.parents:

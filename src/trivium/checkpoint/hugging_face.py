@@ -170,7 +170,7 @@ def save_hugging_face(
     mesh: Mesh | Peers | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write ``model`` as ``model.safetensors`` (or an index and shards) and ``config.json`` into ``folder``. Collective.
+    """Write ``model`` into ``folder`` as ``model.safetensors`` (or index and shards) and ``config.json``. Collective.
 
     Values are in the types that the module computes with. Rank 0 writes one tensor at a time, the others send it their
     ranges; a tied parameter is written once, under its first name. ``names`` as for `load_hugging_face`. ``config``

@@ -29,6 +29,8 @@ from trivium.checkpoint.targets import Target
 from trivium.dist.mesh import Mesh
 from trivium.dist.shard import Entry
 
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".distcp")
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
@@ -87,13 +89,13 @@ def load(
 
 def refuse_pickle(path: Path) -> None:
     """Raise CheckpointError when ``path`` is, or holds, a checkpoint that only pickle could read. Nothing is opened."""
-    suspects = [path] if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".metadata") else []
+    suspects = [path] if path.suffix in _PICKLES or path.name == ".metadata" else []
     if path.is_dir() and not (path / manifest.MANIFEST).exists():
         with os.scandir(path) as entries:
             suspects += [
                 Path(entry.path)
                 for entry in entries
-                if entry.name == ".metadata" or Path(entry.name).suffix in (".pt", ".pth", ".bin", ".ckpt", ".distcp")
+                if entry.name == ".metadata" or Path(entry.name).suffix in _PICKLES
             ]
     if suspects:
         raise CheckpointError(
@@ -234,7 +236,7 @@ def _fill(path: Path, whole: Manifest, layout: Layout, skip: set[str], rank: int
         targets.append(target)
         jobs += _range_jobs(record, manifest.parameter_key(name), entry, target, name)
         if entry.name in layout.places and "param_groups" not in skip:
-            more, filled = _state_jobs(record, name, entry, layout)
+            more, filled = _state_jobs(record, name, entry, layout, whole)
             jobs, targets = jobs + more, targets + filled
     for name, buffer in layout.buffers.items():
         if name in whole.buffers and name not in skip:
@@ -274,7 +276,9 @@ def _range_jobs(record: ParameterRecord, key: str, entry: Entry, target: Target,
             )
 
 
-def _state_jobs(record: ParameterRecord, name: str, entry: Entry, layout: Layout) -> tuple[list[_Job], list[Target]]:
+def _state_jobs(
+    record: ParameterRecord, name: str, entry: Entry, layout: Layout, whole: Manifest
+) -> tuple[list[_Job], list[Target]]:
     """Make the optimizer's state of this piece exactly the stored one: jobs for tensors, values at once."""
     jobs: list[_Job] = []
     targets: list[Target] = []
@@ -297,6 +301,8 @@ def _state_jobs(record: ParameterRecord, name: str, entry: Entry, layout: Layout
                 f"optimizer state {state!r} of {name} is whole {list(kept.shape)} and cannot be cut: shard this "
                 "optimizer by whole parameter"
             )
+        if kept.kind == "whole" and shape.numel() > whole.files[kept.rank].num_bytes:
+            raise DamagedError(f"{manifest.MANIFEST}: {state!r} of {name} is larger than the shard it should lie in")
         old = live.get(state)
         if not isinstance(old, torch.Tensor) or old.numel() != shape.numel():
             live[state] = torch.empty(shape, dtype=kept.dtype, device=tensor.device)

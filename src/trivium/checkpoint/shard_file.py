@@ -127,8 +127,7 @@ class ShardWriter:
                 while chunk:
                     piece = chunk[: BLOCK_BYTES - filled]
                     hasher.update(piece)
-                    self._on_block()
-                    self._write(piece)
+                    self._write(_spoilt(piece, self._on_block()))
                     filled, chunk = filled + len(piece), chunk[len(piece) :]
                     if filled == BLOCK_BYTES:
                         blocks.append(hasher.digest())
@@ -153,6 +152,15 @@ class ShardWriter:
 def file_bytes(slots: Sequence[Slot], metadata: Mapping[str, str]) -> int:
     """How many bytes the file of ``slots`` will have."""
     return len(_header(slots, metadata)) + sum(slot.num_bytes for slot in slots)
+
+
+def _spoilt(data: memoryview, action: object) -> memoryview:
+    """``data``, or what an armed fault makes of it."""
+    if action == "flip":
+        wrong = bytearray(data)
+        wrong[len(wrong) // 2] ^= 1
+        return memoryview(wrong)
+    return data[: len(data) // 2] if action == "short" else data
 
 
 def _header(slots: Sequence[Slot], metadata: Mapping[str, str]) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trivium.base.errors import CheckpointError
-from trivium.checkpoint.dtypes import dtype_name, dtype_of, raw_bytes
+from trivium.checkpoint.dtypes import dtype_name, dtype_of, from_bytes, raw_bytes
 
 _MAX_INLINE_BYTES = 1 << 20
 
@@ -101,23 +101,30 @@ def _small(data: bytes, where: str) -> bytes:
 
 
 def decode(value: Any, where: str) -> Any:
-    """The value that `encode` was given."""
+    """The value that `encode` was given. Raises CheckpointError on what `encode` cannot have made."""
+    try:
+        return _decode(value, where)
+    except RecursionError as error:
+        raise CheckpointError(f"{where} is nested too deeply") from error
+
+
+def _decode(value: Any, where: str) -> Any:
     if isinstance(value, list):
-        return [decode(item, where) for item in value]
+        return [_decode(item, where) for item in value]
     if not isinstance(value, dict):
         return value
     if len(value) == 1:
         ((key, item),) = value.items()
         if key.startswith("$"):
             return _decode_tagged(key, item, where)
-    return {key: decode(item, where) for key, item in value.items()}
+    return {key: _decode(item, where) for key, item in value.items()}
 
 
 def _decode_tagged(tag: str, item: Any, where: str) -> Any:
     readers: dict[str, Callable[[Any], Any]] = {
         "$float": _decode_float,
-        "$tuple": lambda items: tuple(decode(entry, where) for entry in items),
-        "$dict": lambda pairs: {decode(key, where): decode(entry, where) for key, entry in pairs},
+        "$tuple": lambda items: tuple(_decode(entry, where) for entry in items),
+        "$dict": lambda pairs: {_decode(key, where): _decode(entry, where) for key, entry in pairs},
         "$bytes": lambda text: base64.b64decode(text, validate=True),
         "$tensor": _decode_tensor,
     }
@@ -139,6 +146,8 @@ def _decode_tensor(item: Any) -> torch.Tensor:
     name, shape, text = item
     data = bytearray(base64.b64decode(text, validate=True))
     dtype = dtype_of(name, "a stored tensor")
-    if not data:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype).reshape(shape)
+    if not isinstance(shape, list) or not all(type(extent) is int and 0 <= extent <= len(data) for extent in shape):
+        raise ValueError(f"{str(shape)[:80]} is not the shape of {len(data)} bytes")
+    if math.prod(shape) * dtype.itemsize != len(data):
+        raise ValueError(f"{shape[:8]} of {name} is not the shape of {len(data)} bytes")
+    return from_bytes(data, dtype).reshape(shape)

@@ -31,7 +31,7 @@ from trivium.dist.mesh import Mesh
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """What one rank will write: each slot's elements come from its ``parts``, and ``report`` tells rank 0 about them."""
+    """What one rank will write: each slot's elements come from its ``parts``; ``report`` is for rank 0."""
 
     slots: list[Slot]
     parts: list[Iterable[torch.Tensor]]
