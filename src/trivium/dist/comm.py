@@ -35,6 +35,16 @@ class Link:
         self.books = Books()
         self.waited_s = 0.0
         self._busy_until_s = 0.0
+        self._comms: list[Comm] = []
+
+    def join(self, comm: Comm) -> None:
+        """Remember ``comm``, to let go of its group at the end."""
+        self._comms.append(comm)
+
+    def close(self) -> None:
+        """Let go of every group, which ends its threads: one that outlives the interpreter aborts the process."""
+        for comm in self._comms:
+            comm.group = None
 
     def ready_at(self) -> float:
         """When a collective issued now may be called done: links carry one delayed message after another."""
@@ -94,6 +104,7 @@ class Comm:
         self.rank = self.ranks.index(rank)
         self.group = group
         self.link = link
+        link.join(self)
         self._device = torch.device("cpu") if on_cpu else link.device
 
     @property

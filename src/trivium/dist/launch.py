@@ -96,7 +96,9 @@ def init(
     if not dist.is_initialized():
         _join(world, place, timeout_s)
         atexit.register(shutdown)
-    return Mesh(rank=dist.get_rank(), size=dist.get_world_size(), device=place, ep=ep, tp=tp, pp=pp, delay_s=delay_s)
+    mesh = Mesh(rank=dist.get_rank(), size=dist.get_world_size(), device=place, ep=ep, tp=tp, pp=pp, delay_s=delay_s)
+    atexit.register(mesh.link.close)  # runs before shutdown: the last registered goes first
+    return mesh
 
 
 def shutdown() -> None:
@@ -130,7 +132,7 @@ def _adopt(device_mesh: DeviceMesh, delay_s: float) -> Mesh:
         raise ConfigError("device_mesh does not cover the ranks 0 to N-1 in order; build it with init_device_mesh")
     sizes = dict(zip(names, device_mesh.mesh.shape, strict=True))
     place = _device(device_mesh.device_type, int(os.environ.get("LOCAL_RANK", dist.get_rank())))
-    return Mesh(
+    mesh = Mesh(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         device=place,
@@ -139,6 +141,8 @@ def _adopt(device_mesh: DeviceMesh, delay_s: float) -> Mesh:
         pp=sizes.get("pp", 1),
         delay_s=delay_s,
     )
+    atexit.register(mesh.link.close)
+    return mesh
 
 
 def _join(world: World, place: torch.device, timeout_s: float) -> None:
