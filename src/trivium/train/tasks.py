@@ -27,8 +27,9 @@ Evaluate = Callable[[Sequence[str]], Sequence[str]]
 class TaskConfig:
     """Which tasks, how large their inputs are and how many examples.
 
-    The defaults are sized for a demonstration: a decoder of 0.8M parameters (width 128, 4 layers) answered 96 to 100 % of
-    each task's held-out prompts after 760 steps of 32 sequences of 64 tokens (AdamW, rate 3e-3 falling over the last 40 %).
+    The defaults are sized for a demonstration: a decoder of 0.8M parameters (width 128, 4 layers) answered 96 to 100 %
+    of each task's held-out prompts after 760 steps of 32 sequences of 64 tokens (AdamW, rate 3e-3, falling over the
+    last 40 %).
 
     ``digits``: of each number in add and max. ``letters``: shortest and longest word of reverse and sort. ``numbers``:
     how few and how many max compares. ``held_out``: the share of prompts, by hash, that training never sees.
