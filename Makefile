@@ -2,7 +2,7 @@
 #
 #   make demo | demo-text | test | lint | docs | clean
 #   make demo PYTHON=python3.12                                     another interpreter
-#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu      CPU builds of torch: no GPU, gigabytes less to download
+#   make demo TORCH_INDEX=URL-of-an-index-of-CPU-builds             no GPU here: gigabytes less to download
 
 PYTHON ?= python3
 TORCH_INDEX ?=
