@@ -6,7 +6,7 @@ ZeRO section 5: the manifest is the map from logical tensors to the ranks' parti
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from xxhash import xxh3_128_hexdigest
 
+from trivium.base.errors import CheckpointError
 from trivium.checkpoint import strict_json
 from trivium.checkpoint.dtypes import dtype_name
 from trivium.checkpoint.shard_file import Stored
@@ -133,16 +134,24 @@ def hash_of(data: bytes) -> str:
     return xxh3_128_hexdigest(data)
 
 
-def write_json(path: Path, body: Mapping[str, Any], before_sync: Callable[[], None] = lambda: None) -> tuple[int, str]:
-    """Write ``body`` with its own checksum first, to disk; returns the bytes and the hash of the file."""
+def write_json(path: Path, body: Mapping[str, Any], payload_bytes: int) -> tuple[int, str]:
+    """Write ``body`` with its own checksum first, to disk; returns the bytes and the hash of the file.
+
+    Raises CheckpointError when it would be larger than is read beside ``payload_bytes`` of tensors.
+    """
     text = strict_json.dump(body)[1:]
     data = b'{"checksum":"' + xxh3_128_hexdigest(text).encode() + b'",' + text
+    limit = strict_json.json_limit(payload_bytes)
+    if len(data) > limit:
+        raise CheckpointError(
+            f"{path} would have {len(data)} bytes: at most {limit} are read beside {payload_bytes} bytes of tensors. "
+            "Keep less in extra"
+        )
     file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         view = memoryview(data)
         while view:
             view = view[os.write(file, view) :]
-        before_sync()
         os.fsync(file)
     finally:
         os.close(file)

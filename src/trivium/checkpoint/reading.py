@@ -351,7 +351,7 @@ def _run(path: Path, whole: Manifest, jobs: list[_Job], rank: int) -> None:
         with damage():
             told = manifest_reading.read_rank_manifest(path, whole, source)
             with ShardReader(path / manifest.shard_name(source), before_read=before_read) as reader:
-                _check_header(reader, told)
+                check_header(reader, told)
                 for job in mine:
                     if job.key not in told.tensors:
                         raise CheckpointError(f"{reader.path} holds no {job.key!r}, though {manifest.MANIFEST} says so")
@@ -366,7 +366,8 @@ def _run(path: Path, whole: Manifest, jobs: list[_Job], rank: int) -> None:
                         job.target.write(job.at + start - job.start, from_bytes(data, stored.dtype), job.name)
 
 
-def _check_header(reader: ShardReader, told: manifest.RankManifest) -> None:
+def check_header(reader: ShardReader, told: manifest.RankManifest) -> None:
+    """Raise CheckpointError unless the shard is the one that its rank manifest describes."""
     if reader.num_bytes != told.num_bytes:
         raise CheckpointError(
             f"{reader.path} has {reader.num_bytes} bytes, expected {told.num_bytes}: truncated or altered"

@@ -19,11 +19,11 @@ _MAX_INLINE_BYTES = 1 << 20
 
 
 def json_limit(payload_bytes: int) -> int:
-    """The largest JSON file we parse beside ``payload_bytes`` of tensors; real ones are far below 1/64 of them.
+    """The largest JSON file we write and parse beside ``payload_bytes`` of tensors; real ones are far below a quarter.
 
     This bounds the memory that a crafted file can make us take.
     """
-    return min(512 << 20, (2 << 20) + payload_bytes // 64)
+    return min(512 << 20, (2 << 20) + payload_bytes // 4)
 
 
 def parse(raw: bytes, what: str | Path) -> dict[str, Any]:

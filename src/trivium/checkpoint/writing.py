@@ -204,7 +204,7 @@ def _write_shard(temporary: Path, shard: Shard, metadata: dict[str, str], rank: 
                 report={**shard.report, "hash": writer.hash},
             )
         )
-        manifest.write_json(temporary / manifest.rank_manifest_name(rank), body)
+        manifest.write_json(temporary / manifest.rank_manifest_name(rank), body, writer.num_bytes)
 
 
 def _complete(
@@ -238,7 +238,7 @@ def _complete(
             groups=reports[0]["groups"],
             extra=strict_json.encode(extra, "extra"),
         )
-        manifest.write_json(temporary / manifest.MANIFEST, manifest.manifest_body(whole))
+        manifest.write_json(temporary / manifest.MANIFEST, manifest.manifest_body(whole), sum(sizes))
         commit.publish(temporary, target, run)
 
 
