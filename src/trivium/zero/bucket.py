@@ -25,7 +25,7 @@ import torch
 from trivium.dist.comm import Handle
 from trivium.memory.meter import Meter
 from trivium.zero.flat import Flat
-from trivium.zero.placement import ZeroConfig, piece_numel, pieces
+from trivium.zero.placement import ZeroConfig, piece_numel, pieces, slot_copies, slot_numel
 
 Gradients = Sequence[torch.Tensor | None]
 
@@ -143,12 +143,11 @@ class Reducer:
         step = piece_numel(ranks, self._config.bucket_bytes, flat.dtype.itemsize)
         key = (ranks, flat.dtype)
         slots = self._slots.setdefault(key, [])
-        needed = ranks * min(step, max(flat.layout.part_numel, 1))
+        needed = slot_numel(ranks, flat.layout.part_numel, step)
         if not slots or slots[0].numel() < needed:
             self.finish()
             self._meter.add("buffers", -sum(s.numel() * s.element_size() for s in slots))
-            copies = 2 if ranks == 1 else 4
-            slots[:] = [torch.empty(needed, dtype=flat.dtype, device=flat.device) for _ in range(copies)]
+            slots[:] = [torch.empty(needed, dtype=flat.dtype, device=flat.device) for _ in range(slot_copies(ranks))]
             self._meter.add("buffers", sum(s.numel() * s.element_size() for s in slots))
         while len(self._flights) >= 2:
             self._land()

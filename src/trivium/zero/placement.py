@@ -156,6 +156,16 @@ def piece_numel(ranks: int, bucket_bytes: int, element_bytes: int) -> int:
     return max(bucket_bytes // 2 // (ranks * element_bytes) // align * align, align)
 
 
+def slot_numel(ranks: int, part_numel: int, step: int) -> int:
+    """Elements of one communication buffer for a flat of which each rank reduces ``part_numel``, ``step`` at a time."""
+    return ranks * min(step, max(part_numel, 1))
+
+
+def slot_copies(ranks: int) -> int:
+    """Buffers held for two pieces in flight: to send and to receive; with one rank they are the same."""
+    return 2 if ranks == 1 else 4
+
+
 def pieces(part_numel: int, step: int) -> list[tuple[int, int]]:
     """Ranges (start, length) of at most ``step`` elements that make up a part."""
     return [(start, min(step, part_numel - start)) for start in range(0, part_numel, step)]
