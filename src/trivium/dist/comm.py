@@ -58,9 +58,14 @@ class Handle:
     """A collective under way. ``wait`` returns when its output may be read; waiting twice is harmless."""
 
     def __init__(
-        self, work: dist.Work | None, link: Link, what: str, ready_at_s: float, keep: tuple[torch.Tensor, ...]
-    ):
-        self._work = work
+        self,
+        works: Sequence[dist.Work | None],
+        link: Link,
+        what: str,
+        ready_at_s: float,
+        keep: tuple[torch.Tensor, ...],
+    ) -> None:
+        self._works = tuple(work for work in works if work is not None)
         self._link = link
         self._what = what
         self._ready_at_s = ready_at_s
@@ -68,18 +73,19 @@ class Handle:
 
     def wait(self) -> None:
         """Block until done; a peer that is gone raises RankError."""
-        if self._work is None:
+        if not self._works:
             return
         started = time.perf_counter()
         try:
-            self._work.wait()
+            for work in self._works:
+                work.wait()
         except RuntimeError as error:
             raise _lost(self._what, error) from error
         late = self._ready_at_s - time.perf_counter()
         if late > 0:
             time.sleep(late)
         self._link.waited_s += time.perf_counter() - started
-        self._work, self._keep = None, ()
+        self._works, self._keep = (), ()
 
 
 class Comm:
@@ -117,26 +123,34 @@ class Comm:
 
         ``shard`` may be this rank's own range of ``output``. Sends (N-1)·n elements per rank.
         """
+        own = output.view(self.size, -1)[self.rank]
+        if own.data_ptr() != shard.data_ptr() and (self.size == 1 or self._direct):
+            own.copy_(shard)
         if self.size == 1:
-            if output.data_ptr() != shard.data_ptr():
-                output.copy_(shard)
             return self._done()
         self._count("all_gather", phase, (self.size - 1) * shard.numel() * shard.element_size())
-        ready_at_s = self.link.ready_at()
-        work = self._start("all_gather", phase, _ALL_GATHER, output, shard)
-        return Handle(work, self.link, f"all_gather on {self.axis} ({phase})", ready_at_s, (output, shard))
+        what, ready_at_s = f"all_gather on {self.axis} ({phase})", self.link.ready_at()
+        if self._direct:
+            works = self._send_rows([shard] * self.size, list(output.view(self.size, -1)), what)
+        else:
+            works = [self._start(what, _ALL_GATHER, output, shard)]
+        return Handle(works, self.link, what, ready_at_s, (output, shard))
 
-    def all_to_all(self, received_Nc: torch.Tensor, send_Nc: torch.Tensor, phase: str) -> Handle:
-        """Start sending row r of ``send_Nc`` to rank r; row r of ``received_Nc`` comes from rank r."""
+    def exchange(self, received_Nc: torch.Tensor, send_Nc: torch.Tensor, phase: str) -> Handle:
+        """Start sending row r of ``send_Nc`` to rank r; row r of ``received_Nc`` comes from rank r.
+
+        This rank's own row stays where it is, in ``send_Nc``: it is not copied to ``received_Nc``.
+        """
         if self.size == 1:
-            if received_Nc.data_ptr() != send_Nc.data_ptr():
-                received_Nc.copy_(send_Nc)
             return self._done()
         row_bytes = send_Nc[0].numel() * send_Nc.element_size()
         self._count("all_to_all", phase, (self.size - 1) * row_bytes)
-        ready_at_s = self.link.ready_at()
-        work = self._start("all_to_all", phase, dist.all_to_all_single, received_Nc, send_Nc)
-        return Handle(work, self.link, f"all_to_all on {self.axis} ({phase})", ready_at_s, (received_Nc, send_Nc))
+        what, ready_at_s = f"all_to_all on {self.axis} ({phase})", self.link.ready_at()
+        if self._direct:
+            works = self._send_rows(list(send_Nc), list(received_Nc), what)
+        else:
+            works = [self._start(what, dist.all_to_all_single, received_Nc, send_Nc)]
+        return Handle(works, self.link, what, ready_at_s, (received_Nc, send_Nc))
 
     def reduce_scatter(self, shard: torch.Tensor, send_Nc: torch.Tensor, phase: str) -> Handle:
         """Start the backend's own reduce-scatter (sum in the backend's order) of ``send_Nc`` into ``shard`` [c]."""
@@ -144,17 +158,19 @@ class Comm:
             shard.copy_(send_Nc[0])
             return self._done()
         self._count("reduce_scatter", phase, (self.size - 1) * shard.numel() * shard.element_size())
-        ready_at_s = self.link.ready_at()
-        work = self._start("reduce_scatter", phase, _REDUCE_SCATTER, shard, send_Nc)
-        return Handle(work, self.link, f"reduce_scatter on {self.axis} ({phase})", ready_at_s, (shard, send_Nc))
+        what, ready_at_s = f"reduce_scatter on {self.axis} ({phase})", self.link.ready_at()
+        return Handle(
+            [self._start(what, _REDUCE_SCATTER, shard, send_Nc)], self.link, what, ready_at_s, (shard, send_Nc)
+        )
 
     def agree(self, numbers: Sequence[int], phase: str = "agree") -> list[list[int]]:
         """Every rank's ``numbers`` (int64, the same count everywhere), by rank."""
         if self.size == 1:
             return [list(numbers)]
-        mine = torch.tensor(numbers, dtype=torch.int64, device=self._device)
-        everyone = torch.empty(self.size * len(numbers), dtype=torch.int64, device=self._device)
-        self.all_gather(everyone, mine, phase).wait()
+        mine = torch.tensor(numbers, dtype=torch.int64, device=self._device).repeat(self.size)
+        everyone = torch.empty_like(mine)
+        self._count("all_to_all", phase, (self.size - 1) * len(numbers) * mine.element_size())
+        self._blocking(f"agreement on {self.axis} ({phase})", dist.all_to_all_single, everyone, mine, group=self.group)
         rows: list[list[int]] = everyone.view(self.size, -1).tolist()
         return rows
 
@@ -203,11 +219,11 @@ class Comm:
             if self.rank == dst and parts is not None:
                 part = tensor if source == dst else torch.empty(length, dtype=tensor.dtype, device=tensor.device)
                 if source != dst and length:
-                    self._blocking("recv", phase, dist.recv, part, src=self.ranks[source])
+                    self._blocking(f"recv on {self.axis} ({phase})", dist.recv, part, src=self.ranks[source])
                 parts.append(part)
             elif self.rank == source and length:
                 self._count("send", phase, length * tensor.element_size())
-                self._blocking("send", phase, dist.send, tensor.contiguous(), dst=self.ranks[dst])
+                self._blocking(f"send on {self.axis} ({phase})", dist.send, tensor.contiguous(), dst=self.ranks[dst])
         return parts
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0, phase: str = "broadcast") -> None:
@@ -215,7 +231,9 @@ class Comm:
         if self.size == 1:
             return
         self._count("broadcast", phase, tensor.numel() * tensor.element_size() if self.rank == src else 0)
-        self._blocking("broadcast", phase, dist.broadcast, tensor, src=self.ranks[src], group=self.group)
+        self._blocking(
+            f"broadcast on {self.axis} ({phase})", dist.broadcast, tensor, src=self.ranks[src], group=self.group
+        )
 
     def require_equal(self, value: Any, what: str) -> None:
         """Raise MismatchError, on every rank, if the ranks' JSON ``value`` differ; names the first two that do."""
@@ -230,21 +248,40 @@ class Comm:
     def _count(self, collective: str, phase: str, num_bytes: int) -> None:
         self.link.books.record(collective, self.axis, phase, num_bytes)
 
-    def _start(self, name: str, phase: str, call: Any, *args: Any) -> dist.Work | None:
+    @property
+    def _direct(self) -> bool:
+        """Whether messages go straight from rank to rank: on gloo half the processor time of its own collectives."""
+        return self._device.type == "cpu"
+
+    def _send_rows(
+        self, send: Sequence[torch.Tensor], receive: Sequence[torch.Tensor], what: str
+    ) -> list[dist.Work | None]:
+        """Start sending ``send[r]`` to rank r and receiving ``receive[r]`` from it, for every other rank."""
+        works: list[dist.Work | None] = []
+        for step in range(1, self.size):
+            source = (self.rank - step) % self.size
+            works.append(self._start(what, dist.irecv, receive[source], self.ranks[source], asynchronous=False))
+        for step in range(1, self.size):
+            target = (self.rank + step) % self.size
+            works.append(self._start(what, dist.isend, send[target], self.ranks[target], asynchronous=False))
+        return works
+
+    def _start(self, what: str, call: Any, *args: Any, asynchronous: bool = True) -> dist.Work | None:
+        options = {"async_op": True} if asynchronous else {}
         try:
-            work: dist.Work | None = call(*args, group=self.group, async_op=True)
+            work: dist.Work | None = call(*args, group=self.group, **options)
         except RuntimeError as error:
-            raise _lost(f"{name} on {self.axis} ({phase})", error) from error
+            raise _lost(what, error) from error
         return work
 
-    def _blocking(self, name: str, phase: str, call: Any, *args: Any, **kwargs: Any) -> None:
+    def _blocking(self, what: str, call: Any, *args: Any, **kwargs: Any) -> None:
         try:
             call(*args, **kwargs)
         except RuntimeError as error:
-            raise _lost(f"{name} on {self.axis} ({phase})", error) from error
+            raise _lost(what, error) from error
 
     def _done(self) -> Handle:
-        return Handle(None, self.link, "", 0.0, ())
+        return Handle([], self.link, "", 0.0, ())
 
 
 def _lost(what: str, error: RuntimeError) -> RankError:

@@ -32,13 +32,12 @@ Gradients = Sequence[torch.Tensor | None]
 
 @dataclass(kw_only=True)
 class _Flight:
-    """One piece under way: rows to and from every rank."""
+    """One piece under way: what each rank contributes to it, in rank order."""
 
     handle: Handle
     flat: Flat
     start: int
-    received_Nc: torch.Tensor
-    native: bool
+    rows: tuple[torch.Tensor, ...]
 
 
 class Reducer:
@@ -109,12 +108,11 @@ class Reducer:
                 _stage(send_Nc[rank], flat, begin, flattened)
             if native:
                 handle = world.reduce_scatter(received_Nc[0], send_Nc, "backward")
-            elif world.size == 1:
-                received_Nc = send_Nc
-                handle = world.all_to_all(received_Nc, send_Nc, "backward")
+                rows: tuple[torch.Tensor, ...] = (received_Nc[0],)
             else:
-                handle = world.all_to_all(received_Nc, send_Nc, "backward")
-            self._flights.append(_Flight(handle=handle, flat=flat, start=start, received_Nc=received_Nc, native=native))
+                handle = world.exchange(received_Nc, send_Nc, "backward")
+                rows = (*tuple(received_Nc[:world.rank]), send_Nc[world.rank], *tuple(received_Nc[world.rank + 1:]))
+            self._flights.append(_Flight(handle=handle, flat=flat, start=start, rows=rows))
 
     def finish(self) -> None:
         """Wait for every piece under way and fold it."""
@@ -161,27 +159,29 @@ class Reducer:
         flight.handle.wait()
         flat = flight.flat
         total = self._sums.get(id(flat))
-        target = (flat.own_part() if total is None else total)[
-            flight.start : flight.start + flight.received_Nc.shape[1]
-        ]
-        rows = flight.received_Nc[:1] if flight.native else flight.received_Nc
+        rows, afresh = flight.rows, id(flat) not in self._continues
+        target = (flat.own_part() if total is None else total)[flight.start : flight.start + rows[0].numel()]
         if target.dtype == flat.dtype and (not flat.low_precision or self._config.reduce_dtype == "parameter"):
-            _fold(target, rows, afresh=id(flat) not in self._continues)
+            _fold(target, rows, afresh=afresh)
             return
         wide = target.float()
-        _fold(wide, rows, afresh=id(flat) not in self._continues)
+        _fold(wide, rows, afresh=afresh)
         target.copy_(wide)
 
     def _sum_dtype(self, flat: Flat) -> torch.dtype:
         return self.gradient_dtype(flat)
 
 
-def _fold(target: torch.Tensor, rows_Nc: torch.Tensor, *, afresh: bool) -> None:
-    """Add the rows to ``target`` one after another, in rank order; ``afresh`` starts from a copy of the first."""
-    rows = list(rows_Nc)
-    if afresh:
-        target.copy_(rows.pop(0))
-    for row in rows:
+def _fold(target: torch.Tensor, rows: Sequence[torch.Tensor], *, afresh: bool) -> None:
+    """Add the rows to ``target`` one after another, in rank order; ``afresh`` starts from the first."""
+    rest = rows
+    if afresh and len(rows) > 1 and rows[0].dtype == target.dtype:
+        torch.add(rows[0], rows[1], out=target)
+        rest = rows[2:]
+    elif afresh:
+        target.copy_(rows[0])
+        rest = rows[1:]
+    for row in rest:
         target.add_(row)
 
 
