@@ -1,0 +1,144 @@
+"""Bytes per rank by category, as the runtime's meter will count them.
+
+ZeRO section 3 (where did all the memory go) and 5 (P_os, P_os+g, P_os+g+p); C_B of section 6.2 bounds the buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from trivium.plan.inventory import PlannedFlat, PlannedUnit
+from trivium.zero.placement import ZeroConfig, piece_numel, slot_copies, slot_numel
+
+ADAMW_COPIES = 2
+_MASTER_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one rank, steady state. ``parameters`` to ``sums`` are what the meter counts under the same labels.
+
+    ``gathered`` is a peak: two neighbouring units beside those that stay. ``local_gradients`` are a rank's own, from
+    where autograd leaves them until they are reduced (``no_sync``: all of them until the first backward that syncs).
+    ``step`` is what the optimizer's step needs for a moment, when ``gathered``, ``local_gradients`` and
+    ``activations`` are gone.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    gathered: int = 0
+    buffers: int = 0
+    sums: int = 0
+    local_gradients: int = 0
+    activations: int = 0
+    module_buffers: int = 0
+    step: int = 0
+
+    @property
+    def states(self) -> int:
+        """Model states: the paper's 16Ψ at one rank."""
+        return self.parameters + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        """The most that is held at once."""
+        lasting = self.states + self.buffers + self.sums + self.module_buffers
+        return lasting + max(self.gathered + self.local_gradients + self.activations, self.step)
+
+
+def memory(
+    units: Sequence[PlannedUnit],
+    zero: ZeroConfig,
+    *,
+    rank: int = 0,
+    accumulation: int = 1,
+    no_sync: bool = False,
+    optimizer_copies: int = ADAMW_COPIES,
+    activations: int = 0,
+    module_buffers: int = 0,
+) -> Memory:
+    """Bytes on ``rank``. ``optimizer_copies``: state tensors per element (AdamW 2, SGD with momentum 1, SGD 0)."""
+    row, flats = zero.row, [flat for unit in units for flat in unit.flats]
+    trainable = [flat for flat in flats if flat.trainable]
+    return Memory(
+        parameters=sum(_held(flat, flat.dtype, sharded=row.parameter) for flat in flats),
+        gradients=sum(_held(flat, flat.gradient_dtype(zero), sharded=row.gradient) for flat in trainable),
+        optimizer=sum(_optimizer(flat, zero, rank, optimizer_copies) for flat in trainable),
+        gathered=_gathered(units, zero) if row.parameter else 0,
+        buffers=_buffers(trainable, zero),
+        sums=sum(_sum(flat, zero) for flat in trainable) if _keeps_sums(zero, accumulation, no_sync) else 0,
+        local_gradients=_local_gradients(units, zero, no_sync and accumulation > 1),
+        activations=activations,
+        module_buffers=module_buffers,
+        step=max((_widened(flat, zero) for flat in trainable), default=0),
+    )
+
+
+def _held(flat: PlannedFlat, dtype: torch.dtype, *, sharded: bool) -> int:
+    return (flat.layout.shard_numel if sharded else flat.layout.numel) * dtype.itemsize
+
+
+def _optimizer(flat: PlannedFlat, zero: ZeroConfig, rank: int, copies: int) -> int:
+    """The fp32 master (padding included) and the optimizer's own states (segments alone)."""
+    sharded = zero.row.optimizer
+    master = _MASTER_BYTES * (flat.layout.shard_numel if sharded else flat.layout.numel) if flat.low_precision else 0
+    element = _MASTER_BYTES if flat.low_precision else flat.dtype.itemsize
+    return master + (copies * element * flat.held_numel(rank, sharded=sharded) if flat.optimized else 0)
+
+
+def _gathered(units: Sequence[PlannedUnit], zero: ZeroConfig) -> int:
+    """Units that stay until backward, and the largest two neighbours of the others."""
+    if zero.keep_gathered:
+        return sum(unit.whole_bytes for unit in units)
+    kept = sum(unit.whole_bytes for unit in units if unit.keep)
+    others = [unit.whole_bytes for unit in units if not unit.keep]
+    pairs = [first + second for first, second in zip(others, others[1:], strict=False)]
+    return kept + max(pairs or others or [0])
+
+
+def _buffers(trainable: Sequence[PlannedFlat], zero: ZeroConfig) -> int:
+    """Send and receive buffers: one set for each number of ranks and dtype, as large as its largest flat needs."""
+    needed: dict[tuple[int, torch.dtype], int] = {}
+    for flat in trainable:
+        if flat.layout.part_numel:
+            step = piece_numel(flat.world, zero.bucket_bytes, flat.dtype.itemsize)
+            key = (flat.world, flat.dtype)
+            needed[key] = max(needed.get(key, 0), slot_numel(flat.world, flat.layout.part_numel, step))
+    return sum(slot_copies(ranks) * numel * dtype.itemsize for (ranks, dtype), numel in needed.items())
+
+
+def _keeps_sums(zero: ZeroConfig, accumulation: int, no_sync: bool) -> bool:
+    """Whether undivided sums are kept apart from one reduction of a step to its next."""
+    return accumulation > 1 and not no_sync and (zero.average or not zero.row.gradient)
+
+
+def _sum(flat: PlannedFlat, zero: ZeroConfig) -> int:
+    return flat.layout.part_numel * flat.gradient_dtype(zero).itemsize
+
+
+def _local_gradients(units: Sequence[PlannedUnit], zero: ZeroConfig, everything: bool) -> int:
+    sizes = {unit.name: unit.trainable_bytes for unit in units}
+    if everything:
+        return sum(sizes.values())
+    if not zero.row.gradient:
+        return max(
+            (
+                numel * flat.dtype.itemsize
+                for unit in units
+                for flat in unit.flats
+                if flat.trainable
+                for numel in flat.layout.numels
+            ),
+            default=0,
+        )
+    return sizes.pop("", 0) + max(sizes.values(), default=0)
+
+
+def _widened(flat: PlannedFlat, zero: ZeroConfig) -> int:
+    """fp32 gradients that a step makes of one 16-bit flat."""
+    numel = flat.layout.shard_numel if zero.row.optimizer else flat.layout.numel
+    return _MASTER_BYTES * numel if flat.low_precision else 0
