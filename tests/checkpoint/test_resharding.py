@@ -361,3 +361,12 @@ def test_tied_here_and_separate_there(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "d", model=tied)
     checkpoint.load(tmp_path / "d", model=separate)
     assert torch.equal(separate["b"].weight, tied["a"].weight)
+
+
+def test_a_checkpoint_without_an_optimizer_says_how_to_load_it(tmp_path: Path) -> None:
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    checkpoint.save(tmp_path / "c", model=model)
+    with pytest.raises(CheckpointError, match="saved without one: load with optimizer=None"):
+        checkpoint.load(tmp_path / "c", model=other, optimizer=adamw(other.parameters()))
+    checkpoint.load(tmp_path / "c", model=other)
+    assert torch.equal(model.weight, other.weight)

@@ -12,7 +12,7 @@ _MAX_ROWS = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One row: ``kind`` is missing, superfluous, shape, tied or group."""
+    """One row: ``kind`` is missing, superfluous, shape, tied, group or optimizer."""
 
     name: str
     kind: str
@@ -46,6 +46,7 @@ def report(folder: Path, rows: Iterable[Difference]) -> str:
         "shape": "of another shape",
         "tied": "tied here and separate there",
         "group": "in another parameter group",
+        "optimizer": "optimizer absent there",
     }
     counts = ", ".join(f"{number} {told[kind]}" for kind, number in kinds.items())
     cells = [("name", "difference", "model", "checkpoint")]

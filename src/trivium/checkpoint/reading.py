@@ -201,6 +201,15 @@ def _compare_groups(layout: Layout, whole: Manifest) -> list[Difference]:
         return []
     here = [len(optimizer.param_groups) for optimizer in layout.optimizers]
     there = [len(groups) for groups in whole.groups]
+    if not there:
+        return [
+            Difference(
+                name="param_groups",
+                kind="optimizer",
+                here=f"{here} groups",
+                there="saved without one: load with optimizer=None",
+            )
+        ]
     if here != there:
         return [
             Difference(name="param_groups", kind="group", here=f"{here} by optimizer", there=f"{there} by optimizer")
