@@ -160,7 +160,7 @@ class Comm:
         self._count("reduce_scatter", phase, (self.size - 1) * shard.numel() * shard.element_size())
         what, ready_at_s = f"reduce_scatter on {self.axis} ({phase})", self.link.ready_at()
         return Handle(
-            [self._start(what, _REDUCE_SCATTER, shard, send_Nc)], self.link, what, ready_at_s, (shard, send_Nc)
+            [self._start(what, _REDUCE_SCATTER, shard, send_Nc.view(-1))], self.link, what, ready_at_s, (shard, send_Nc)
         )
 
     def agree(self, numbers: Sequence[int], phase: str = "agree") -> list[list[int]]:

@@ -317,7 +317,10 @@ class Engine:
                 if flat.low_precision:
                     segment.grad_dtype = self.reducer.gradient_dtype(flat)
                 segment.grad = flat.gradient_of(index)
-            flat.params[index].grad = flat.nan_views[index] if flat.row.optimizer else flat.gradient_views[index]
+            param = flat.params[index]
+            if flat.low_precision and not flat.row.optimizer:
+                param.grad_dtype = None  # shown in the dtype it is kept in; what autograd accumulates stays as it is
+            param.grad = flat.nan_views[index] if flat.row.optimizer else flat.gradient_views[index]
         self._marked.add(number)
 
     def _learn_order(self) -> None:
