@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -66,58 +65,64 @@ def plan(
     if preset is not None and overrides:
         raise ConfigError("--set overrides keys of CONFIG.toml: it has no effect with --preset")
     limit = None if memory is None else parse_bytes(memory)
-    shape, setting = _read(config, preset, dtype, tuple(overrides or ()))
-    setting = _adjust(setting, ranks, stage, micro_batch, sequence, accumulation, recompute)
+    given = _Given(ranks, stage, dtype, micro_batch, sequence, accumulation, recompute)
+    if config is None:
+        shape, setting = _of_preset(preset or "", given)
+    else:
+        from trivium.plan.configured import read
+
+        shape, setting = read(config, (*(overrides or ()), *given.as_overrides()), ranks=1 if ranks is None else ranks)
     _check(shape, setting)
     every = preset is not None and stage is None
     _show(preset or str(config), shape, setting, limit, every=every, binding=config is not None, as_json=as_json)
 
 
-def _read(
-    config: Path | None, preset: str | None, dtype: str | None, overrides: Sequence[str]
-) -> tuple[DecoderConfig, Setting]:
-    """The shape, and the setting before options."""
-    from trivium.models import preset as shape_of
+class _Given(NamedTuple):
+    """What the command line says about the run; None: nothing."""
+
+    ranks: int | None
+    stage: int | None
+    dtype: str | None
+    micro_batch: int | None
+    sequence: int | None
+    accumulation: int | None
+    recompute: bool
+
+    def as_overrides(self) -> list[str]:
+        """The same as keys of a configuration, which checks them."""
+        keys: tuple[tuple[str, int | str | None], ...] = (
+            ("zero.stage", self.stage),
+            ("model.dtype", None if self.dtype is None else f'"{self.dtype}"'),
+            ("train.micro_batch", self.micro_batch),
+            ("data.sequence", self.sequence),
+            ("train.accumulation", self.accumulation),
+            ("train.recompute", "true" if self.recompute else None),
+        )
+        return [f"{key}={value}" for key, value in keys if value is not None]
+
+
+def _of_preset(name: str, given: _Given) -> tuple[DecoderConfig, Setting]:
+    """A named shape, mixed precision unless said otherwise."""
+    from trivium.models import preset
     from trivium.plan.activations import Batch
     from trivium.plan.forecast import DTYPES, Setting
+    from trivium.zero.placement import ZeroConfig
 
-    if dtype is not None and dtype not in DTYPES:
+    shape = preset(name)
+    dtype = "bfloat16" if given.dtype is None else given.dtype
+    if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
-    if preset is not None:
-        shape = shape_of(preset)
-        return shape, Setting(dtype=DTYPES[dtype or "bfloat16"], batch=Batch(sequence=min(2048, shape.max_positions)))
-    from trivium.plan.configured import read
-
-    shape, setting = read(config or Path(), overrides)
-    if dtype is not None:
-        setting = replace(setting, dtype=DTYPES[dtype])
-    return shape, setting
-
-
-def _adjust(
-    setting: Setting,
-    ranks: int | None,
-    stage: int | None,
-    micro_batch: int | None,
-    sequence: int | None,
-    accumulation: int | None,
-    recompute: bool,
-) -> Setting:
-    """Options given on the command line win."""
-    batch = setting.batch
-    batch = replace(
-        batch,
-        rows=batch.rows if micro_batch is None else micro_batch,
-        sequence=batch.sequence if sequence is None else sequence,
-        recompute=batch.recompute or recompute,
+    return shape, Setting(
+        ranks=1 if given.ranks is None else given.ranks,
+        zero=ZeroConfig(stage=3 if given.stage is None else given.stage),
+        dtype=DTYPES[dtype],
+        batch=Batch(
+            rows=1 if given.micro_batch is None else given.micro_batch,
+            sequence=min(2048, shape.max_positions) if given.sequence is None else given.sequence,
+            recompute=given.recompute,
+        ),
+        accumulation=1 if given.accumulation is None else given.accumulation,
     )
-    setting = replace(
-        setting,
-        batch=batch,
-        ranks=setting.ranks if ranks is None else ranks,
-        accumulation=setting.accumulation if accumulation is None else accumulation,
-    )
-    return setting if stage is None else setting.at_stage(stage)
 
 
 def _check(shape: DecoderConfig, setting: Setting) -> None:
@@ -254,7 +259,7 @@ def _paper(as_json: bool) -> None:
 
 
 def _figure(gb: float) -> str:
-    """As the paper prints it: three digits, at most two decimals, and from 1000 on whole GB, cut rather than rounded."""
+    """As the paper prints it: three digits, at most two decimals; from 1000 on whole GB, cut, not rounded."""
     if gb >= 1000:
         return str(int(gb))
     digits = 0 if gb >= 100 else 1 if gb >= 10 else 2

@@ -61,9 +61,8 @@ def take(model: nn.Module, *, units: Units = "auto", owner: Mapping[int, tuple[i
     """The inventory of ``model``, on any device. ``owner`` as in `trivium.zero.units.assign`; None: one element-wise
     optimizer over everything."""
     named = dict(model.named_parameters())
-    if owner is None:
-        owner = {id(parameter): (0, "element") for parameter in named.values()}
-    specs = assign(model, units, owner)
+    one: dict[int, tuple[int, Cut]] = {id(parameter): (0, "element") for parameter in named.values()}
+    specs = assign(model, units, one if owner is None else owner)
     times: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         times[id(parameter)] = times.get(id(parameter), 0) + 1

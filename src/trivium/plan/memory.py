@@ -5,6 +5,7 @@ ZeRO section 3 (where did all the memory go) and 5 (P_os, P_os+g, P_os+g+p); C_B
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -96,7 +97,7 @@ def _gathered(units: Sequence[PlannedUnit], zero: ZeroConfig) -> int:
         return sum(unit.whole_bytes for unit in units)
     kept = sum(unit.whole_bytes for unit in units if unit.keep)
     others = [unit.whole_bytes for unit in units if not unit.keep]
-    pairs = [first + second for first, second in zip(others, others[1:], strict=False)]
+    pairs = [first + second for first, second in itertools.pairwise(others)]
     return kept + max(pairs or others or [0])
 
 

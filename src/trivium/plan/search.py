@@ -73,28 +73,33 @@ def _candidates(
         yield from _smaller(recomputed, ", recompute activations")
     for stage in higher:
         yield from _smaller(recomputed.at_stage(stage), f", stage {stage}, recompute activations")
-    smallest = replace(recomputed, batch=replace(recomputed.batch, rows=1))
+    smallest = replace(recomputed, batch=replace(recomputed.batch, rows=1)).at_stage(3)
     variants = (
         ("", setting.at_stage(3)),
         (", recompute activations", recomputed.at_stage(3)),
-        (", recompute activations, micro-batch 1", smallest.at_stage(3)),
+        (", recompute activations, micro-batch 1", smallest),
     )
     for words, variant in variants:
         ranks = _enough_ranks(variant, plan_of, memory_bytes)
         if ranks is not None:
             yield f"{ranks} ranks, stage 3{words}", replace(variant, ranks=ranks)
+            yield f"{2 * ranks} ranks, stage 3{words}", replace(variant, ranks=2 * ranks)
+    for ranks in (setting.ranks, *(setting.ranks * 2**power for power in range(1, 11))):
+        for sequence in (setting.batch.sequence // 2**power for power in range(1, 5)):
+            if sequence:
+                shorter = replace(smallest, ranks=ranks, batch=replace(smallest.batch, sequence=sequence))
+                words = f"sequence {sequence}, stage 3, recompute activations, micro-batch 1"
+                yield words if ranks == setting.ranks else f"{ranks} ranks, {words}", shorter
 
 
 def _smaller(setting: Setting, words: str) -> Iterable[tuple[str, Setting]]:
-    """Half the micro-batch, twice the accumulation, as often as it goes."""
-    rows, accumulation = setting.batch.rows, setting.accumulation
-    while rows % 2 == 0:
-        rows, accumulation = rows // 2, accumulation * 2
-        batch = replace(setting.batch, rows=rows)
-        yield (
-            f"micro-batch {rows}, accumulation {accumulation}{words}",
-            replace(setting, batch=batch, accumulation=accumulation),
-        )
+    """Smaller micro-batches and as much more accumulation, the largest divisor first."""
+    total = setting.batch.rows
+    for parts in range(2, total + 1):
+        if total % parts == 0:
+            rows, accumulation = total // parts, setting.accumulation * parts
+            smaller = replace(setting, batch=replace(setting.batch, rows=rows), accumulation=accumulation)
+            yield f"micro-batch {rows}, accumulation {accumulation}{words}", smaller
 
 
 def _enough_ranks(setting: Setting, plan_of: Callable[[Setting], Plan], memory_bytes: int) -> int | None:
