@@ -1,0 +1,1 @@
+"""The rivals, each run as its own documentation says; imported only when asked for."""

@@ -1,0 +1,83 @@
+"""``trivium bench``: measure side by side with other trainers, on this machine."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trivium.base import log
+from trivium.base.errors import ConfigError
+from trivium.cli.output import data_console, print_json, word_console
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb and its workloads to the command line."""
+    workloads = typer.Typer(no_args_is_help=True, help="Measure side by side with other trainers.")
+    workloads.callback()(_workloads)
+    workloads.command("zero", help="DDP, FSDP2, DeepSpeed and stages 0 to 3 on one model, interleaved.")(zero)
+    app.add_typer(workloads, name="bench")
+
+
+def _workloads() -> None:
+    """Measure side by side with other trainers."""
+
+
+def zero(
+    shape: Annotated[
+        str, typer.Option(help="A preset: 34m (2 × 256 tokens per rank), or 7.4m and others (1 × 64).")
+    ] = "34m",
+    ranks: Annotated[int, typer.Option(help="Processes on this machine, one thread each.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Rounds in which every contestant has its turn.")] = 10,
+    steps: Annotated[int, typer.Option(help="Steps per contestant and round.")] = 2,
+    contestants: Annotated[str | None, typer.Option(help="Comma-separated; default: all.")] = None,
+    delay_ms: Annotated[float, typer.Option(help="Also ours with this delay per collective: what is hidden.")] = 0.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, one launch per contestant.")] = True,
+    wire: Annotated[bool, typer.Option(help="Count loopback bytes in a network namespace.")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report; - for stdout.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a picture (.svg, .png, .pdf).")] = None,
+) -> None:
+    """Times are compared within a round only; memory is proportional set size above imports and start-up."""
+    log.setup()
+    from trivium.bench.zero import CONTESTANTS, ZeroBench, run
+
+    names = CONTESTANTS if contestants is None else tuple(name.strip() for name in contestants.split(","))
+    bench = ZeroBench(
+        shape=shape,
+        ranks=ranks,
+        rounds=rounds,
+        per_round=steps,
+        contestants=names,
+        delay_ms=delay_ms,
+        device=device,
+        memory=memory,
+        wire=wire,
+    )
+    for path in (json_file, plot_file):
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"{path}: the folder {path.parent} does not exist")
+    words = word_console()
+    command = f"trivium bench zero --shape {shape} --ranks {ranks} --rounds {rounds} --steps {steps}"
+    command += f" --contestants {shlex.quote(','.join(names))}" if contestants else ""
+    command += f" --delay-ms {delay_ms:g}" if delay_ms else ""
+    command += f" --device {device}" if device != "cpu" else ""
+    report = run(bench, command, words.print)
+    if json_file is not None and str(json_file) != "-":
+        json_file.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    if plot_file is not None:
+        from trivium.bench.plot import plot
+
+        plot(report, plot_file)
+    if str(json_file) == "-":
+        print_json(report)
+        return
+    from trivium.bench.table import table, targets
+
+    data = data_console()
+    data.print(table(report))
+    for line in targets(report):
+        data.print(line)
