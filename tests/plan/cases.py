@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 from trivium import zero
 from trivium.models import DecoderConfig, build
-from trivium.plan import Batch, Plan, Setting, forecast, take
+from trivium.plan import Batch, Plan, Setting, forecast, inventory_of, take
 from trivium.zero import ZeroConfig
 
 DECODER = DecoderConfig(vocabulary=1100, dim=64, layers=3, heads=4, kv_heads=2, ffn_dim=176, max_positions=32)
@@ -97,3 +99,42 @@ def compare(
         "peak": meter.by_label(peak=True),
         "memory": asdict(plan.memory),
     }
+
+
+def live_peak(mesh: Any, config: DecoderConfig, dtype: torch.dtype, stage: int, batch: Batch) -> tuple[int, int]:
+    """The most bytes that torch's allocator had given out in the third step, beside the plan's total."""
+    model = build(config, device="meta", dtype=dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    tokens = torch.randint(0, config.vocabulary, (batch.rows, batch.sequence))
+    documents = (torch.arange(batch.sequence) > batch.sequence // 2).long().expand(batch.rows, -1)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        model, optimizer = zero.shard(model, optimizer, mesh, stage=stage, average=False)
+        for _ in range(3):
+            loss = model(
+                tokens,
+                tokens,
+                documents_BT=documents if batch.documents else None,
+                reduction="sum",
+                run_block=_recomputed if batch.recompute else None,
+            )
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            del loss
+    changes = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in seen.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    )
+    live = peak = 0
+    for _, num_bytes in changes:
+        live += num_bytes
+        peak = max(peak, live)
+    setting = Setting(
+        ranks=mesh.size, rank=mesh.rank, zero=ZeroConfig(stage=stage, average=False), dtype=dtype, batch=batch
+    )
+    return peak, forecast(inventory_of(config, dtype), setting, config).memory.total
+
+
+def _recomputed(block: Any, *arguments: Any) -> Any:
+    return checkpoint(block, *arguments, use_reentrant=False)

@@ -9,6 +9,8 @@ import torch
 
 from tests.plan import cases
 from tests.worlds import Worlds
+from trivium.models import DecoderConfig
+from trivium.plan import Batch
 
 BUCKET = 64 * 1024
 CELLS: list[tuple[str, torch.dtype, dict[str, Any], int]] = [
@@ -66,6 +68,23 @@ def test_hybrid_sharding_on_four_ranks(world: Worlds) -> None:
         options = {"stage": stage, "shard_size": 2, "bucket_bytes": BUCKET}
         for result in world(4).run(cases.compare, "untied", torch.bfloat16, options, 1):
             check(result)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stage", "batch"),
+    [
+        (torch.float32, 0, Batch(rows=2, sequence=128)),
+        (torch.float32, 3, Batch(rows=2, sequence=128, documents=True)),
+        (torch.float32, 3, Batch(rows=9, sequence=128)),
+        (torch.float32, 2, Batch(rows=9, sequence=128, recompute=True)),
+        (torch.bfloat16, 3, Batch(rows=2, sequence=128, recompute=True, documents=True)),
+    ],
+    ids=["plain", "documents", "chunked-head", "recompute", "bf16"],
+)
+def test_the_whole_peak_is_within_ten_percent(world: Worlds, dtype: torch.dtype, stage: int, batch: Batch) -> None:
+    config = DecoderConfig(vocabulary=2048, dim=128, layers=4, heads=4, kv_heads=2, ffn_dim=352)
+    for measured, planned in world(2).run(cases.live_peak, config, dtype, stage, batch):
+        assert measured == pytest.approx(planned, rel=0.10)
 
 
 def check(result: dict[str, Any]) -> None:

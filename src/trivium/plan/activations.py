@@ -52,21 +52,44 @@ def saved_block_bytes(config: DecoderConfig, batch: Batch, dtype: torch.dtype) -
 
 
 def saved_rest_bytes(config: DecoderConfig, batch: Batch, dtype: torch.dtype) -> int:
-    """What autograd keeps outside the blocks: tokens, rotary tables, the last norm, and a single chunk's softmax."""
-    element, wide = dtype.itemsize, max(dtype.itemsize, _FP32)
-    norm = 2 * config.dim * wide + config.dim * element + wide
+    """What autograd keeps outside the blocks: tokens, targets, rotary tables, the last norm."""
     tables = 2 * (config.head_size // 2) * _FP32 * (batch.tokens if batch.documents else batch.sequence)
-    softmax = batch.tokens * config.vocabulary * wide if batch.tokens <= HEAD_CHUNK_TOKENS else 0
-    return batch.tokens * (norm + 16) + tables + softmax
+    return 16 * batch.tokens + tables + _last_norm_bytes(config, batch, dtype)
 
 
-def activation_bytes(config: DecoderConfig, batch: Batch, dtype: torch.dtype) -> int:
-    """The peak of one micro-batch: what is kept, and the larger of what the head or one block needs on top."""
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Bytes at the two moments that can be the worst: backward through the head, and through the last block.
+
+    Gradients of parameters are not in here, but what the head needs to sum them in fp32 is.
+    """
+
+    head: int = 0
+    block: int = 0
+
+    @property
+    def peak(self) -> int:
+        """The larger of the two."""
+        return max(self.head, self.block)
+
+
+def activations(config: DecoderConfig, batch: Batch, dtype: torch.dtype) -> Activations:
+    """One micro-batch's activations at their worst; softmax of at most two chunks of tokens exists at a time."""
     element, wide = dtype.itemsize, max(dtype.itemsize, _FP32)
-    block = saved_block_bytes(config, batch, dtype)
-    kept = config.layers * (batch.tokens * config.dim * element if batch.recompute else block)
-    chunk = min(batch.tokens, HEAD_CHUNK_TOKENS) * config.vocabulary
-    head = chunk * (wide + (element if element < wide else 0)) if batch.tokens > HEAD_CHUNK_TOKENS else 0
-    head += config.vocabulary * config.dim * wide + batch.tokens * config.dim * element
-    passing = batch.tokens * (3 * config.ffn_dim + 2 * config.dim) * element + (block if batch.recompute else 0)
-    return kept + saved_rest_bytes(config, batch, dtype) + max(head, passing)
+    narrow = element if element < wide else 0
+    saved = saved_block_bytes(config, batch, dtype)
+    stream = batch.tokens * config.dim * element
+    kept = config.layers * (stream if batch.recompute else saved) + saved_rest_bytes(config, batch, dtype)
+    alive = min(batch.tokens, 2 * HEAD_CHUNK_TOKENS)  # a chunk's buffer goes when the next one's is there
+    logits = alive * config.vocabulary * (wide + narrow)
+    widened = config.vocabulary * config.dim * wide if narrow else 0
+    passing = 2 * batch.tokens * config.ffn_dim * element + stream - _last_norm_bytes(config, batch, dtype)
+    return Activations(
+        head=kept + logits + widened + stream,
+        block=kept + passing + (saved if batch.recompute else 0),
+    )
+
+
+def _last_norm_bytes(config: DecoderConfig, batch: Batch, dtype: torch.dtype) -> int:
+    wide = max(dtype.itemsize, _FP32)
+    return batch.tokens * (2 * config.dim * wide + config.dim * dtype.itemsize + wide)

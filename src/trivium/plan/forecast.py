@@ -14,10 +14,10 @@ import torch
 
 from trivium.base.errors import ConfigError
 from trivium.models import DecoderConfig, build
-from trivium.plan.activations import Batch, activation_bytes
+from trivium.plan.activations import Batch, activations
 from trivium.plan.communication import Communication, communication
 from trivium.plan.inventory import Inventory, cut, take
-from trivium.plan.memory import ADAMW_COPIES, Memory, memory
+from trivium.plan.memory import ADAMW_COPIES, NO_ACTIVATIONS, Memory, memory
 from trivium.zero.placement import ZeroConfig
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
@@ -121,7 +121,7 @@ def forecast(
             accumulation=setting.accumulation,
             no_sync=setting.no_sync,
             optimizer_copies=optimizer_copies,
-            activations=0 if config is None else activation_bytes(config, setting.batch, setting.dtype),
+            activations=NO_ACTIVATIONS if config is None else activations(config, setting.batch, setting.dtype),
             module_buffers=inventory.module_buffer_bytes,
         ),
         communication=communication(units, setting.zero, accumulation=setting.accumulation, no_sync=setting.no_sync),

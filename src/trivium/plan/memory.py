@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
+from trivium.plan.activations import Activations
 from trivium.plan.inventory import PlannedFlat, PlannedUnit
 from trivium.zero.placement import ZeroConfig, piece_numel, slot_copies, slot_numel
 
 ADAMW_COPIES = 2
+NO_ACTIVATIONS = Activations()
 _MASTER_BYTES = 4
 
 
@@ -24,8 +26,8 @@ class Memory:
 
     ``gathered`` is a peak: two neighbouring units beside those that stay. ``local_gradients`` are a rank's own, from
     where autograd leaves them until they are reduced (``no_sync``: all of them until the first backward that syncs).
-    ``step`` is what the optimizer's step needs for a moment, when ``gathered``, ``local_gradients`` and
-    ``activations`` are gone.
+    ``gathered``, ``local_gradients`` and ``activations`` are each the most there is of it; ``passing`` the most of all
+    three together. ``step`` is what the optimizer's step needs for a moment, when they are gone.
     """
 
     parameters: int
@@ -36,6 +38,7 @@ class Memory:
     sums: int = 0
     local_gradients: int = 0
     activations: int = 0
+    passing: int = 0
     module_buffers: int = 0
     step: int = 0
 
@@ -48,7 +51,7 @@ class Memory:
     def total(self) -> int:
         """The most that is held at once."""
         lasting = self.states + self.buffers + self.sums + self.module_buffers
-        return lasting + max(self.gathered + self.local_gradients + self.activations, self.step)
+        return lasting + max(self.passing, self.step)
 
 
 def memory(
@@ -59,12 +62,13 @@ def memory(
     accumulation: int = 1,
     no_sync: bool = False,
     optimizer_copies: int = ADAMW_COPIES,
-    activations: int = 0,
+    activations: Activations = NO_ACTIVATIONS,
     module_buffers: int = 0,
 ) -> Memory:
     """Bytes on ``rank``. ``optimizer_copies``: state tensors per element (AdamW 2, SGD with momentum 1, SGD 0)."""
     row, flats = zero.row, [flat for unit in units for flat in unit.flats]
     trainable = [flat for flat in flats if flat.trainable]
+    everything = no_sync and accumulation > 1
     return Memory(
         parameters=sum(_held(flat, flat.dtype, sharded=row.parameter) for flat in flats),
         gradients=sum(_held(flat, flat.gradient_dtype(zero), sharded=row.gradient) for flat in trainable),
@@ -72,8 +76,9 @@ def memory(
         gathered=_gathered(units, zero) if row.parameter else 0,
         buffers=_buffers(trainable, zero),
         sums=sum(_sum(flat, zero) for flat in trainable) if _keeps_sums(zero, accumulation, no_sync) else 0,
-        local_gradients=_local_gradients(units, zero, no_sync and accumulation > 1),
-        activations=activations,
+        local_gradients=_local_gradients(units, zero, everything),
+        activations=activations.peak,
+        passing=_passing(units, zero, everything, activations),
         module_buffers=module_buffers,
         step=max((_widened(flat, zero) for flat in trainable), default=0),
     )
@@ -122,21 +127,41 @@ def _sum(flat: PlannedFlat, zero: ZeroConfig) -> int:
 
 
 def _local_gradients(units: Sequence[PlannedUnit], zero: ZeroConfig, everything: bool) -> int:
-    sizes = {unit.name: unit.trainable_bytes for unit in units}
     if everything:
-        return sum(sizes.values())
-    if not zero.row.gradient:
-        return max(
-            (
-                numel * flat.dtype.itemsize
-                for unit in units
-                for flat in unit.flats
-                if flat.trainable
-                for numel in flat.layout.numels
-            ),
-            default=0,
-        )
-    return sizes.pop("", 0) + max(sizes.values(), default=0)
+        return sum(unit.trainable_bytes for unit in units)
+    return _waiting(units) + max((_arriving(unit, zero) for unit in units if unit.name), default=0)
+
+
+def _waiting(units: Sequence[PlannedUnit]) -> int:
+    """Gradients of the root's own parameters, such as a tied embedding: they come in from first to last."""
+    return sum(unit.trainable_bytes for unit in units if not unit.name)
+
+
+def _arriving(unit: PlannedUnit, zero: ZeroConfig) -> int:
+    """A unit's gradients until they are reduced; where gradients are replicated, one parameter's at a time."""
+    if zero.row.gradient:
+        return unit.trainable_bytes
+    sizes = (numel * flat.dtype.itemsize for flat in unit.flats if flat.trainable for numel in flat.layout.numels)
+    return max(sizes, default=0)
+
+
+def _passing(units: Sequence[PlannedUnit], zero: ZeroConfig, everything: bool, activations: Activations) -> int:
+    """The worst moment: backward through the last unit, everything kept and one unit gathered ahead, or through one
+    before it, the last unit's parameters gone."""
+    *before, last = units
+    own = _waiting(units)
+    at_head = own + (_arriving(last, zero) if last.name else 0)
+    at_block = own + max((_arriving(unit, zero) for unit in before if unit.name), default=0)
+    if everything:
+        at_head = at_block = sum(unit.trainable_bytes for unit in units)
+    if zero.row.parameter:
+        gathered = _gathered(units, zero)
+        others = [unit.whole_bytes for unit in before if not unit.keep]
+        ahead = others[-1] if others and zero.prefetch and not zero.keep_gathered else 0
+        kept = gathered if zero.keep_gathered else sum(unit.whole_bytes for unit in units if unit.keep)
+        at_head += kept + ahead
+        at_block += gathered - (last.whole_bytes if last.name else 0)
+    return max(at_head + activations.head, at_block + activations.block)
 
 
 def _widened(flat: PlannedFlat, zero: ZeroConfig) -> int:
