@@ -9,6 +9,7 @@ gathers are prefetched, reductions overlap the rest of backward.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from trivium.base.errors import ConfigError
+from trivium.base.errors import ConfigError, MismatchError
 from trivium.dist.mesh import Mesh
 from trivium.dist.shard import Entry, Piece, ShardMap, attach_shard_map, shard_map_of
 from trivium.memory.meter import Meter
@@ -108,13 +109,14 @@ def shard(
     if shard_map_of(model) is not None:
         raise ConfigError("this model is sharded already: shard a module once")
     optimizers = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    _agree_on_model(model, optimizers, mesh, config)
     owner: dict[int, tuple[int, Cut]] = {}
     for number, one in enumerate(optimizers):
         cut = cut_of(one, elementwise)
         for group in one.param_groups:
             owner.update((id(param), (number, cut)) for param in group["params"])
-    _agree_on_model(model, mesh, config)
     specs = assign(model, units, owner)
+    _agree_on_units(specs, mesh)
     meter = Meter()
     replaced = replace_meta(model, mesh.device)
     fill_buffers(model, mesh.device, init, seed)
@@ -202,7 +204,13 @@ def meter_of(module: nn.Module) -> Meter:
 @contextmanager
 def _visited(engine: Engine, units: Sequence[Unit]) -> Iterator[None]:
     """Hold ``units`` gathered and pinned inside the block."""
-    engine.conductor.meet(Meeting.VISIT, [unit.number for unit in units[:1]])
+    wanted = zlib.crc32(repr([unit.number for unit in units]).encode())
+    for rank, row in enumerate(engine.conductor.meet(Meeting.VISIT, [wanted])):
+        if row[1] != wanted:
+            raise MismatchError(
+                f"ranks gather different modules: rank {engine.control.ranks[rank]} others than rank "
+                f"{engine.control.ranks[engine.control.rank]}, which gathers {[unit.name or 'root' for unit in units]}"
+            )
     held = [unit.held for unit in units]
     for unit in units:
         unit.pins += 1
@@ -226,7 +234,7 @@ def _configure(config: ZeroConfig | None, options: dict[str, Any]) -> ZeroConfig
     return replace(config or ZeroConfig(), **options)
 
 
-def _agree_on_model(model: nn.Module, mesh: Mesh, config: ZeroConfig) -> None:
+def _agree_on_model(model: nn.Module, optimizers: Sequence[Optimizer], mesh: Mesh, config: ZeroConfig) -> None:
     described = [
         [name, str(param.dtype), list(param.shape), param.requires_grad] for name, param in model.named_parameters()
     ]
@@ -238,6 +246,21 @@ def _agree_on_model(model: nn.Module, mesh: Mesh, config: ZeroConfig) -> None:
         if len(other) != len(everyone[0]):
             mesh.comm("dp").require_equal(len(described), "the model's number of parameters")
     mesh.comm("dp").require_equal(repr(config), "the [zero] configuration")
+    mesh.comm("dp").require_equal([type(one).__name__ for one in optimizers], "the list of optimizers")
+
+
+def _agree_on_units(specs: Sequence[UnitSpec], mesh: Mesh) -> None:
+    """The same modules gathered together everywhere, and the same parameters under each optimizer."""
+    described = [
+        [spec.name, sorted([key.axis, key.cut, str(key.optimizer), *names] for key, names in spec.flats.items())]
+        for spec in specs
+    ]
+    comm = mesh.comm("dp")
+    comm.require_equal(len(described), "the number of units")
+    everyone = comm.all_gather_json([zlib.crc32(repr(one).encode()) for one in described])
+    for place, one in enumerate(described):
+        if len({numbers[place] for numbers in everyone}) > 1:
+            comm.require_equal(one, "the unit (module, its parameters and their optimizers)")
 
 
 def _build(

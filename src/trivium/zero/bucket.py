@@ -12,12 +12,17 @@ Ranks are folded one after another into the running sum, micro-batch after micro
 them in turn
 adds in the same order. The average is one division of that sum, so with averaging the undivided sum is kept apart while
 gradients accumulate.
+
+[Note: no waiting in the dark]
+A piece of which a peer has not begun its side never ends. So pieces are queued, and waited for (`drive`) only where
+every rank is known to have queued the same flats; elsewhere what fits the buffers is sent and the rest stays queued
+(`offer`).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +30,10 @@ import torch
 from trivium.dist.comm import Handle
 from trivium.memory.meter import Meter
 from trivium.zero.flat import Flat
-from trivium.zero.placement import ZeroConfig, piece_numel, pieces, slot_copies, slot_numel
+from trivium.zero.placement import ZeroConfig, piece_numel, pieces, slot_bytes, slot_copies
 
 Gradients = Sequence[torch.Tensor | None]
+_NUM_FLIGHTS = 2
 
 
 @dataclass(kw_only=True)
@@ -40,19 +46,32 @@ class _Flight:
     rows: tuple[torch.Tensor, ...]
 
 
+@dataclass(kw_only=True)
+class _Job:
+    """One flat that is queued: its gradients, and the pieces of it that were not sent yet."""
+
+    flat: Flat
+    gradients: Gradients
+    pieces: Iterator[tuple[int, int]]
+
+
 class Reducer:
     """Reduces whole flats: each rank ends with the sum over ranks of its own part.
 
     ``reduce`` must be called on every rank for the same flats in the same order; ``finish`` waits for all. Sends
-    (N-1)/N of each
-    flat. Holds two pieces in flight in buffers of at most twice ``bucket_bytes`` in all.
+    (N-1)/N of each flat. Holds two pieces in flight in buffers of at most twice ``bucket_bytes`` in all.
     """
 
-    def __init__(self, config: ZeroConfig, meter: Meter) -> None:
+    def __init__(self, config: ZeroConfig, meter: Meter, flats: Sequence[Flat]) -> None:
         self._config = config
         self._meter = meter
         self._flights: deque[_Flight] = deque()
-        self._slots: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
+        self._jobs: deque[_Job] = deque()
+        self._num_driven = 0
+        sizes = [(flat.comms.world.size, flat.layout.part_numel, flat.dtype.itemsize) for flat in flats]
+        self._slot_bytes = max((slot_bytes(*size, config.bucket_bytes) for size in sizes), default=0)
+        self._num_slots = max((slot_copies(size[0]) for size in sizes), default=0)
+        self._slots: list[torch.Tensor] = []
         self._turn = 0
         self._sums: dict[int, torch.Tensor] = {}
         self._continues: set[int] = set()
@@ -92,30 +111,43 @@ class Reducer:
         return id(flat) in self._sums
 
     def reduce(self, flat: Flat, gradients: Gradients) -> None:
-        """Start reducing ``flat``; ``gradients[i]`` is this rank's gradient of parameter i, None where it has none.
+        """Queue ``flat``; ``gradients[i]`` is this rank's gradient of parameter i, None where it has none.
 
         With replicated gradients they lie in ``flat.gradient_memory`` already and ``gradients`` only says which.
         """
-        world = flat.comms.world
         flat.gradient_memory(self.gradient_dtype(flat))
-        step = piece_numel(world.size, self._config.bucket_bytes, flat.dtype.itemsize)
-        native = (self._config.reduce if self._config.reduce != "auto" else world.default_reduce) == "native"
+        step = piece_numel(flat.comms.world.size, self._config.bucket_bytes, flat.dtype.itemsize)
         flattened = [None if g is None else g.reshape(-1) for g in gradients]
-        for start, length in pieces(flat.layout.part_numel, step):
-            send_Nc, received_Nc = self._slot(flat, length)
-            for rank in range(world.size):
-                begin = flat.comms.part_of(rank) * flat.layout.part_numel + start
-                _stage(send_Nc[rank], flat, begin, flattened)
-            if native:
-                handle = world.reduce_scatter(received_Nc[0], send_Nc, "backward")
-                rows: tuple[torch.Tensor, ...] = (received_Nc[0],)
-            else:
-                handle = world.exchange(received_Nc, send_Nc, "backward")
-                rows = (*tuple(received_Nc[:world.rank]), send_Nc[world.rank], *tuple(received_Nc[world.rank + 1:]))
-            self._flights.append(_Flight(handle=handle, flat=flat, start=start, rows=rows))
+        self._jobs.append(_Job(flat=flat, gradients=flattened, pieces=iter(pieces(flat.layout.part_numel, step))))
+
+    def offer(self) -> None:
+        """Send what fits the buffers, without waiting."""
+        while self._jobs and len(self._flights) < _NUM_FLIGHTS:
+            self._send_next()
+
+    def drive(self, num_flats: int | None = None) -> None:
+        """Send all pieces of the first ``num_flats`` queued since ``begin_pass`` (None: of all), waiting for buffers.
+
+        Collective: every rank must have queued these.
+        """
+        while self._jobs and (num_flats is None or self._num_driven < num_flats):
+            if len(self._flights) >= _NUM_FLIGHTS:
+                self._land()
+            self._send_next()
+
+    def begin_pass(self) -> None:
+        """Count queued flats from zero."""
+        self._num_driven = 0
 
     def finish(self) -> None:
-        """Wait for every piece under way and fold it."""
+        """Send and fold everything queued. Collective."""
+        self.drive()
+        while self._flights:
+            self._land()
+
+    def forget(self) -> None:
+        """Drop what was queued and not sent: the backward pass it belongs to broke off."""
+        self._jobs.clear()
         while self._flights:
             self._land()
 
@@ -135,24 +167,42 @@ class Reducer:
             )
         return None
 
+    def _send_next(self) -> None:
+        """Send the next piece of the first flat in the queue; a flat without one left leaves the queue."""
+        job = self._jobs[0]
+        piece = next(job.pieces, None)
+        if piece is None:
+            self._jobs.popleft()
+            self._num_driven += 1
+            return
+        flat, (start, length), world = job.flat, piece, job.flat.comms.world
+        native = (self._config.reduce if self._config.reduce != "auto" else world.default_reduce) == "native"
+        send_Nc, received_Nc = self._slot(flat, length)
+        for rank in range(world.size):
+            begin = flat.comms.part_of(rank) * flat.layout.part_numel + start
+            _stage(send_Nc[rank], flat, begin, job.gradients)
+        if native:
+            handle = world.reduce_scatter(received_Nc[0], send_Nc, "backward")
+            rows: tuple[torch.Tensor, ...] = (received_Nc[0],)
+        else:
+            handle = world.exchange(received_Nc, send_Nc, "backward")
+            rows = (*received_Nc[: world.rank], send_Nc[world.rank], *received_Nc[world.rank + 1 :])
+        self._flights.append(_Flight(handle=handle, flat=flat, start=start, rows=rows))
+
     def _slot(self, flat: Flat, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Send and receive rows for one piece; waits for the piece that used them last."""
+        """Send and receive rows for one piece, in the buffers that no piece under way uses."""
         ranks = flat.comms.world.size
-        step = piece_numel(ranks, self._config.bucket_bytes, flat.dtype.itemsize)
-        key = (ranks, flat.dtype)
-        slots = self._slots.setdefault(key, [])
-        needed = slot_numel(ranks, flat.layout.part_numel, step)
-        if not slots or slots[0].numel() < needed:
-            self.finish()
-            self._meter.add("buffers", -sum(s.numel() * s.element_size() for s in slots))
-            slots[:] = [torch.empty(needed, dtype=flat.dtype, device=flat.device) for _ in range(slot_copies(ranks))]
-            self._meter.add("buffers", sum(s.numel() * s.element_size() for s in slots))
-        while len(self._flights) >= 2:
-            self._land()
+        if not self._slots:
+            self._slots = [
+                torch.empty(self._slot_bytes, dtype=torch.uint8, device=flat.device) for _ in range(self._num_slots)
+            ]
+            self._meter.add("buffers", self._slot_bytes * self._num_slots)
         self._turn = 1 - self._turn
-        send = slots[self._turn][: ranks * length].view(ranks, length)
-        received = send if ranks == 1 else slots[2 + self._turn][: ranks * length].view(ranks, length)
-        return send, received
+        num_bytes = ranks * length * flat.dtype.itemsize
+        send = self._slots[self._turn][:num_bytes].view(flat.dtype).view(ranks, length)
+        if ranks == 1:
+            return send, send
+        return send, self._slots[2 + self._turn][:num_bytes].view(flat.dtype).view(ranks, length)
 
     def _land(self) -> None:
         flight = self._flights.popleft()

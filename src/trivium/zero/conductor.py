@@ -45,39 +45,60 @@ Rows = list[list[int]]
 
 
 class Conductor:
-    """Walks the units of one model. ``join`` takes part in a reduction that other ranks came for and this one did
-    not."""
+    """Walks the units of one model, at most ``room`` of them gathered at once beside those that stay.
+
+    ``progress`` says how many flats this rank has launched, ``drive`` completes so many; ``join`` takes part in a
+    reduction that other ranks came for and this one did not.
+    """
 
     def __init__(
-        self, units: Sequence[Unit], control: Comm, num_words: int, depth: int, join: Callable[[Rows], None]
+        self,
+        units: Sequence[Unit],
+        control: Comm,
+        num_words: int,
+        depth: int,
+        room: int,
+        *,
+        progress: Callable[[], int],
+        drive: Callable[[int], None],
+        join: Callable[[Rows], None],
     ) -> None:
         self._units = tuple(units)
         self._control = control
         self._num_words = num_words
-        self._join = join
+        self._room = room
+        self._progress, self._drive, self._join = progress, drive, join
         self._sharded = any(unit.sharded for unit in units)
         self._prefetcher: Prefetcher[Unit] = Prefetcher(self._fetch, self._has_room, depth)
         self._plans: dict[str, tuple[Unit, ...]] = {}
+        self._profiles: dict[str, int] = {}
+        self._walked = 0
+        self._profile = 0
         self._record: list[Unit] = []
         self._plan_name = ""
         self._phase = "visit"
         self._fast = False
         self.num_detours = 0
 
-    def begin(self, meeting: Meeting, plan_name: str) -> None:
-        """A pass begins: compare records with the other ranks, walk fast if all agree."""
+    def begin(self, meeting: Meeting, plan_name: str, profile: int = 0) -> bool:
+        """A pass begins: compare records with the other ranks, walk fast if all agree.
+
+        ``profile`` stands for what the pass will use. Returns whether every rank will do the same in this pass.
+        """
         self.end()
         if not self._sharded:
-            return
-        self._plan_name, self._phase = plan_name, meeting.name.lower()
+            return meeting is Meeting.BACKWARD and _all_equal(self._meet(meeting, [0, profile]), 2)
+        profile ^= self._walked if meeting is Meeting.BACKWARD else 0
+        self._plan_name, self._phase, self._profile = plan_name, meeting.name.lower(), profile
         plan = self._plans.get(plan_name, ())
-        number = zlib.crc32(repr([unit.number for unit in plan]).encode()) if plan else 0
-        rows = self._meet(meeting, [number])
-        self._fast = rows is not None and number != 0 and all(row[1] == number for row in rows)
+        number = _number_of(plan)
+        rows = self._meet(meeting, [number, profile])
+        self._fast = number != 0 and _all_equal(rows, 1)
         self._record = []
         if self._fast:
             self._prefetcher.walk(plan)
             self._prefetcher.top_up()
+        return self._fast and _all_equal(rows, 2) and self._profiles.get(plan_name) == profile
 
     def need(self, unit: Unit) -> None:
         """Return when ``unit`` can be read."""
@@ -93,10 +114,10 @@ class Conductor:
                 self._prefetcher.top_up()
                 return
             self._leave_fast()
-            if unit.whole:
+            if unit.held:
                 return
         self._record.append(unit)
-        self._meet(Meeting.GATHER, [unit.number])
+        self._meet(Meeting.GATHER, [self._progress(), unit.number])
 
     def top_up(self) -> None:
         """Memory came free: gather ahead again."""
@@ -111,6 +132,8 @@ class Conductor:
                     unit.finish_gather()
                     unit.release()
             self._plans[self._plan_name] = tuple(self._record)
+            self._profiles[self._plan_name] = self._profile
+            self._walked = _number_of(self._record)
         self._plan_name, self._fast, self._phase = "", False, "visit"
 
     def meet(self, meeting: Meeting, words: Sequence[int] = ()) -> Rows:
@@ -129,9 +152,10 @@ class Conductor:
         numbers += [0] * (self._num_words + 1 - len(numbers))
         while True:
             rows = self._control.agree(numbers)
-            wanted = sorted({row[1] for row in rows if row[0] == Meeting.GATHER})
+            wanted = sorted({row[2] for row in rows if row[0] == Meeting.GATHER})
             if wanted:
-                self._serve([self._units[number] for number in wanted], words[0] if meeting is Meeting.GATHER else -1)
+                self._drive(min(row[1] if row[0] in (Meeting.GATHER, Meeting.REDUCE) else 0 for row in rows))
+                self._serve([self._units[number] for number in wanted], words[1] if meeting is Meeting.GATHER else -1)
                 if meeting is Meeting.GATHER:
                     return rows
                 continue
@@ -167,7 +191,7 @@ class Conductor:
         unit.start_gather(self._phase)
 
     def _has_room(self) -> bool:
-        return sum(unit.held and not unit.keep for unit in self._units) < 2
+        return sum(unit.held and not unit.keep for unit in self._units) < self._room
 
     def _detour(self, unit: Unit) -> None:
         unit.finish_gather()
@@ -178,3 +202,12 @@ class Conductor:
             self._detour(unit)
         self._fast = False
         self.num_detours += 1
+
+
+def _number_of(plan: Sequence[Unit]) -> int:
+    """A number that stands for ``plan``; 0 for an empty one."""
+    return zlib.crc32(repr([unit.number for unit in plan]).encode()) if plan else 0
+
+
+def _all_equal(rows: Rows | None, word: int) -> bool:
+    return rows is not None and all(row[word] == rows[0][word] for row in rows)

@@ -8,11 +8,17 @@ launched as soon as it
 is complete here and all before it have been launched; the rest follow at the end of backward, when the ranks have
 told each other which parameters were used. A flat that nobody used is not reduced, a parameter that nobody used is
 skipped.
+
+[Note: when to wait for a reduction]
+Before a backward pass the ranks compare what their graphs will use. Where it is the same (and the same as when the
+gathers were recorded) a hook may wait for buffers: every peer launches the same flats. Where gathers are announced one
+by one, reductions proceed at these meetings, as far as every rank has launched. Otherwise they wait for the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -40,12 +46,22 @@ class Engine:
         self.units, self.control, self.config, self.meter, self.scale = tuple(units), control, config, meter, scale
         self.flats = tuple(flat for unit in units for flat in unit.flats)
         self.trainable = tuple(flat for flat in self.flats if flat.trainable)
-        self.reducer = Reducer(config, meter)
+        self.reducer = Reducer(config, meter, self.trainable)
         self.syncs = True
         self.finite = True
         self.num_params = sum(len(flat.params) for flat in self.trainable)
-        num_words = 1 + -(-self.num_params // _WORD)
-        self.conductor = Conductor(units, control, num_words, config.prefetch, self._reduce_with)
+        num_words = 2 + -(-self.num_params // _WORD)
+        room = len(units) if config.keep_gathered else 2
+        self.conductor = Conductor(
+            units,
+            control,
+            num_words,
+            config.prefetch,
+            room,
+            progress=self._progress,
+            drive=self.reducer.drive,
+            join=self._reduce_with,
+        )
         self._order = list(reversed(range(len(self.trainable))))
         self._order_known = False
         self._completed: list[int] = []
@@ -57,6 +73,8 @@ class Engine:
         self._number = {id(flat): number for number, flat in enumerate(self.trainable)}
         self._unit_of = {id(flat): unit for unit in self.units for flat in unit.flats}
         self._in_backward = False
+        self._waits = False
+        self._nested: set[int] = set()
         self._backward_id = -1
         self._deferred = False
         self._micro_batches = 0
@@ -119,13 +137,26 @@ class Engine:
         self._unmark()
         if self.syncs:
             self._begin_reduction()
-        self.conductor.begin(Meeting.BACKWARD, "backward")
+        for unit in self.units:
+            unit.expect()
+        expected = [param in (unit.expected or ()) for unit, param in self._params()]
+        profile = zlib.crc32(repr([self.syncs, expected]).encode())
+        self._waits = self.conductor.begin(Meeting.BACKWARD, "backward", profile) and self.syncs
 
     def enter_backward(self, unit: Unit) -> None:
         """A gradient has reached ``unit``'s outputs."""
         self.begin_backward()
         self.conductor.need(unit)
-        unit.expect()
+        nested = backward_id() != self._backward_id and not unit.expected and unit.pending_inputs == 0
+        if nested and id(unit) not in self._nested:
+            self._nested.add(id(unit))
+            at_end_of_backward(lambda: self._end_nested(unit))
+
+    def _end_nested(self, unit: Unit) -> None:
+        """A backward pass inside the backward pass (reentrant checkpointing) has finished with ``unit``."""
+        self._nested.discard(id(unit))
+        unit.release()
+        self.conductor.top_up()
 
     def pass_inputs(self, unit: Unit) -> None:
         """The gradients of one call's inputs are done: nothing before them reads ``unit`` any more."""
@@ -153,7 +184,6 @@ class Engine:
         """All gradients of this backward pass are here."""
         self.conductor.end()
         if self.syncs:
-            self._micro_batches += 1
             self._reduce_with(self.conductor.meet(Meeting.REDUCE, self._words()))
         for unit in self.units:
             unit.reset()
@@ -161,6 +191,17 @@ class Engine:
         self._in_backward = False
 
     # ------------------------------------------------------------------ between backward and step
+
+    def come_to(self, meeting: Meeting) -> None:
+        """Wait until all ranks have done with their backward passes; take part in those that this rank has not."""
+        rows = self.conductor.meet(meeting, self.unreduced())
+        for rank, row in enumerate(rows):
+            if any(row[2:]):
+                raise ConfigError(
+                    f"rank {self.control.ranks[rank]} has gradients of backward passes under no_sync that were never "
+                    f"reduced, and no more backward comes before this {meeting.name.lower()}: run the last one of a "
+                    "step outside of no_sync, or call zero_grad to drop them"
+                )
 
     def zero_grad(self, flats: Sequence[Flat]) -> None:
         """Forget reduced and local gradients of ``flats``; their memory stays for the next step."""
@@ -175,18 +216,23 @@ class Engine:
                 if segment is not None:
                     segment.grad = None
         self.finite = True
+        self._learn_accumulation()
 
     def used_parts(self, flats: Sequence[Flat]) -> list[torch.Tensor]:
         """What this rank reduced of the flats that have a gradient: each element of the model on one rank only."""
         return [flat.own_part() for flat in flats if self._used.get(self._number[id(flat)])]
 
     def after_step(self) -> None:
-        """A step was taken or skipped: learn whether gradients accumulate over several micro-batches."""
-        if self._micro_batches:
-            self._accumulating = self._micro_batches > 1
-            self._micro_batches = 0
+        """A step was taken or skipped: free what only accumulation needs, unless gradients accumulate here."""
+        self._learn_accumulation()
         if not self._accumulating:
             self.reducer.drop_sums()
+
+    def _learn_accumulation(self) -> None:
+        """Once several micro-batches were reduced for one step, undivided sums are kept for good."""
+        if self._micro_batches:
+            self._accumulating = bool(self._accumulating) or self._micro_batches > 1
+            self._micro_batches = 0
 
     def _unmark(self) -> None:
         for number in self._marked:
@@ -200,6 +246,7 @@ class Engine:
     def _begin_reduction(self) -> None:
         keep = self.config.average and self._accumulating is not False
         self._launched, self._ready = 0, set()
+        self.reducer.begin_pass()
         for number, flat in enumerate(self.trainable):
             accumulate = number in self._has_sum
             if not accumulate:
@@ -224,6 +271,10 @@ class Engine:
                     self._completed.append(self._number[id(flat)])
             while self._launched < len(self._order) and self._order[self._launched] in self._ready:
                 self._launch(self._order[self._launched])
+            if self._waits:
+                self.reducer.drive()
+            else:
+                self.reducer.offer()
         unit.release()
         self.conductor.top_up()
 
@@ -245,26 +296,35 @@ class Engine:
 
     def _words(self) -> list[int]:
         """How far this rank has launched, and a bit per parameter that has a gradient here."""
-        bits = [
-            param in unit.arrived or param.grad is not None
-            for unit in self.units
-            for flat in unit.flats
-            if flat.trainable
-            for param in flat.params
+        return [
+            self._launched,
+            *_packed([param in unit.arrived or param.grad is not None for unit, param in self._params()]),
         ]
-        words = [
-            sum(bit << place for place, bit in enumerate(bits[start : start + _WORD]))
-            for start in range(0, len(bits), _WORD)
-        ]
-        return [self._launched, *words]
+
+    def unreduced(self) -> list[int]:
+        """Words like those of a reduction, for gradients that backward passes under `no_sync` left on this rank."""
+        marked = {id(param) for number in self._marked for param in self.trainable[number].params}
+        return [0, *_packed([param.grad is not None and id(param) not in marked for _, param in self._params()])]
+
+    def _params(self) -> Iterator[tuple[Unit, nn.Parameter]]:
+        for unit in self.units:
+            for flat in unit.flats:
+                if flat.trainable:
+                    for param in flat.params:
+                        yield unit, param
+
+    def _progress(self) -> int:
+        """How many flats this rank has launched in the backward pass under way."""
+        return self._launched if self._in_backward and self.syncs else 0
 
     def _reduce_with(self, rows: Rows) -> None:
         """Finish the reduction that all ranks have come to; a rank without a backward of its own joins with nothing."""
+        self._micro_batches += 1
         if not self._in_backward:
             self._unmark()
             self._begin_reduction()
         reducing = [row for row in rows if row[0] == Meeting.REDUCE]
-        used = self._used_by_anyone(reducing)
+        used = self._used_by_anyone([row for row in rows if row[0] in (Meeting.REDUCE, Meeting.STEP, Meeting.CLIP)])
         for number in self._order[self._launched : max(row[1] for row in reducing)]:
             self._launch(number)
         for number in self._order[self._launched :]:
@@ -332,11 +392,19 @@ class Engine:
 
     def _forget_backward(self) -> None:
         """A backward pass broke off with an error: drop what it left."""
-        self.reducer.finish()
+        self.reducer.forget()
+        self._nested.clear()
         for unit in self.units:
             unit.reset()
         self.release(keep=False)
         self._in_backward = False
+
+
+def _packed(bits: Sequence[bool]) -> list[int]:
+    return [
+        sum(bit << place for place, bit in enumerate(bits[start : start + _WORD]))
+        for start in range(0, len(bits), _WORD)
+    ]
 
 
 def _is_finite(part: torch.Tensor) -> bool:
@@ -344,8 +412,3 @@ def _is_finite(part: torch.Tensor) -> bool:
         return True
     low, high = torch.aminmax(part)
     return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def parameters_of(flats: Sequence[Flat]) -> list[nn.Parameter]:
-    """All parameters of ``flats``."""
-    return [param for flat in flats for param in flat.params]

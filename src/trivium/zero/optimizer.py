@@ -37,7 +37,7 @@ def cut_of(optimizer: Optimizer, elementwise: bool) -> Cut:
     """How parameters may be cut for ``optimizer``: by element, or only whole. Raises ConfigError for one that cannot
     be."""
     kind = type(optimizer)
-    known = kind.__module__.startswith("torch.optim.")
+    known = f"{kind.__module__}.".startswith("torch.optim.")
     if known and kind.__name__ in _REFUSED:
         raise ConfigError(f"torch.optim.{kind.__name__} cannot be sharded: {_REFUSED[kind.__name__]}")
     if any(group.get("differentiable") for group in optimizer.param_groups):
@@ -111,7 +111,7 @@ class ZeroOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         engine = self._engine
-        engine.conductor.meet(Meeting.STEP)
+        engine.come_to(Meeting.STEP)
         finite = engine.finite
         if finite:
             engine.release(keep=False)
@@ -171,7 +171,7 @@ def clip_grad_norm_(optimizers: Sequence[ZeroOptimizer], max_norm: float) -> tor
     """Clip several optimizers of one model together, by the norm over all their parameters. Returns it (fp64,
     0-dim)."""
     engine = optimizers[0]._engine
-    engine.conductor.meet(Meeting.CLIP)
+    engine.come_to(Meeting.CLIP)
     flats = [flat for optimizer in optimizers for flat in optimizer._flats]
     norm = order_free_norm(engine.used_parts(flats), engine.control) / engine.scale.value
     factor = max_norm / (norm + 1e-6)

@@ -161,6 +161,11 @@ def slot_numel(ranks: int, part_numel: int, step: int) -> int:
     return ranks * min(step, max(part_numel, 1))
 
 
+def slot_bytes(ranks: int, part_numel: int, element_bytes: int, bucket_bytes: int) -> int:
+    """Bytes of one communication buffer for such a flat; all flats of a model share buffers of the largest need."""
+    return slot_numel(ranks, part_numel, piece_numel(ranks, bucket_bytes, element_bytes)) * element_bytes
+
+
 def slot_copies(ranks: int) -> int:
     """Buffers held for two pieces in flight: to send and to receive; with one rank they are the same."""
     return 2 if ranks == 1 else 4
