@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.plan.terminal import trivium, trivium_json
+from trivium.base.config import load
 from trivium.models import preset
-from trivium.plan import Setting, forecast, inventory_of
+from trivium.plan import Batch, Setting, forecast, inventory_of
+from trivium.plan.configured import decoder_of, plan_run
+from trivium.train.config import TrainConfig
 from trivium.zero import ZeroConfig
 
 CONFIG = """
@@ -114,3 +118,12 @@ def test_both_a_configuration_and_a_preset(capsys: pytest.CaptureFixture[str], c
     assert code == 2 and "say what to plan" in err
     code, _, err = trivium(capsys, "plan", config, "--set", "zero.stge=1")
     assert code == 2 and "did you mean" in err
+
+
+def test_the_trainer_plans_itself_with_the_model_it_built(config: str) -> None:
+    settings = load(TrainConfig, config)
+    shape = replace(decoder_of(settings), vocabulary=1000)
+    plan = plan_run(settings, shape, ranks=2, rank=1)
+    assert plan.num_parameters == shape.num_parameters()
+    assert (plan.setting.rank, plan.setting.accumulation, plan.setting.zero.average) == (1, 2, False)
+    assert plan.setting.batch == Batch(rows=4, sequence=64, documents=True)
