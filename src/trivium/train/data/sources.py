@@ -237,7 +237,7 @@ def _sniff(path: Path, kind: str) -> tuple[int, str]:
 
 
 def _limit(files: list[Source], limit_bytes: int) -> list[Source]:
-    order = sorted(range(len(files)), key=lambda index: stable_hash(files[index].name))
+    order = sorted(range(len(files)), key=lambda index: stable_hash(f"limit {files[index].name}"))
     left, kept = limit_bytes, set()
     for index in order:
         if files[index].take_bytes <= left:
