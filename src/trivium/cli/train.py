@@ -1,0 +1,132 @@
+"""``trivium train``: one configuration to a trained model, alone, under a launcher, or with ``--ranks`` here."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trivium.base import config as configs
+from trivium.base import log
+from trivium.cli import launching
+from trivium.cli.output import print_json, word_console
+
+if TYPE_CHECKING:
+    from trivium.train.config import TrainConfig
+    from trivium.train.loop import Outcome
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to the command line."""
+    app.command("train", help="Train a language model from a configuration, alone or under torchrun.")(train)
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="The run as a TOML or JSON file.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Replace one value; may be repeated.")
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", min=1, help="Start so many ranks here, through torchrun's launcher.")
+    ] = None,
+    resume: Annotated[str | None, typer.Option("--resume", help="auto, must, never or a checkpoint's folder.")] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", help="The folder to write to (under torchrun itself: --set run=FOLDER).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print how it ended as JSON on stdout.")] = False,
+    launched: Annotated[Path | None, typer.Option("--launched", hidden=True)] = None,
+    terminal: Annotated[bool, typer.Option("--terminal", hidden=True)] = False,
+) -> None:
+    """Train until train.steps; Ctrl-C or SIGTERM stops after the step and saves."""
+    settings = _settings(config, tuple(set_ or ()), run, resume)
+    if ranks is not None and launched is None:
+        settings.check_ranks(ranks)
+        overrides = [*(set_ or ()), *_given(run, resume)]
+        arguments = [str(config), *(word for text in overrides for word in ("--set", text))]
+        code, answer = launching.launch("train", arguments, ranks)
+    else:
+        code, answer = launching.as_rank(launched, lambda: _run(settings, launched is not None, terminal))
+    if launched is None and answer is not None:
+        _tell(answer, as_json)
+    if code:
+        raise typer.Exit(code)
+
+
+def _settings(path: Path, overrides: tuple[str, ...], run: str | None, resume: str | None) -> TrainConfig:
+    from trivium.train.config import TrainConfig
+
+    return configs.load(TrainConfig, path, (*overrides, *_given(run, resume)))
+
+
+def _given(run: str | None, resume: str | None) -> list[str]:
+    """The two options as overrides: torchrun, which parses the ranks' arguments too, takes --run for one of its own."""
+    given = [] if run is None else [f"run={json.dumps(run)}"]
+    return given if resume is None else [*given, f"checkpoint.resume={json.dumps(resume)}"]
+
+
+def _run(settings: TrainConfig, launched: bool, terminal: bool) -> tuple[int, Any]:
+    """This process's part of the run: exit code, and on rank 0 how it ended."""
+    import torch
+
+    from trivium.dist.launch import init, read_world
+    from trivium.train.loop import train as run
+
+    world = read_world()
+    log.setup(rank=world.rank, size=world.size if world.rank else 1)
+    settings.check_ranks(world.size)
+    if launched and not settings.train.threads:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.size))
+    mesh = init(device=settings.train.device, timeout_s=settings.train.timeout_s)
+    outcome = run(settings, mesh, terminal=terminal or None)
+    answer = _answer(settings, outcome, mesh.data_size) if mesh.rank == 0 else None
+    return (128 + outcome.signal if outcome.signal else 0), answer
+
+
+def _answer(settings: TrainConfig, outcome: Outcome, ranks: int) -> dict[str, Any]:
+    """How the run ended, as plain JSON values."""
+    steps = [row for row in outcome.rows if row["kind"] == "step"]
+    speeds = sorted(row["tokens_per_s"] for row in steps)
+    counts = outcome.baseline
+    return {
+        "run": str(settings.folder),
+        "ranks": ranks,
+        "steps": outcome.steps,
+        "skipped": outcome.skipped,
+        "loss": outcome.loss,
+        "validation": outcome.validation,
+        "unigram": None if counts is None else counts.unigram,
+        "bigram": None if counts is None else counts.bigram,
+        "tokens_per_s": speeds[len(speeds) // 2] if speeds else None,
+        "memory": outcome.memory,
+        "scores": outcome.scores,
+        "samples": [list(pair) for pair in outcome.samples],
+        "checkpoint": None if outcome.checkpoint is None else str(outcome.checkpoint),
+        "report": None if outcome.report is None else str(outcome.report),
+        "signal": outcome.signal,
+    }
+
+
+def _tell(answer: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(answer)
+        return
+    console = word_console()
+    if answer["signal"]:
+        console.print(f"stopped after step {answer['steps']}; the same command goes on from {answer['checkpoint']}")
+        return
+    told = f"{answer['steps']} steps"
+    if answer["loss"] is not None:
+        told += f", training loss {answer['loss']:.4f}"
+    if answer["validation"] is not None:
+        told += f", validation {answer['validation']:.4f} nats (unigram {answer['unigram']:.3f}, bigram {answer['bigram']:.3f})"
+    console.print(told)
+    for name, share in answer["scores"].items():
+        console.print(f"{name}: {share:.1%} of held-out inputs answered exactly")
+    for prompt, text in answer["samples"]:
+        console.print(f"{prompt!r} → {text!r}")
+    for key in ("checkpoint", "report"):
+        if answer[key]:
+            console.print(f"{key}: {answer[key]}")

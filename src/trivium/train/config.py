@@ -1,0 +1,267 @@
+"""One training run as data: the tables of CONFIG.toml, and the contradictions between them, told with their arithmetic.
+
+ZeRO's stage and buckets are the ``[zero]`` table, `trivium.zero.ZeroConfig` itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+from trivium.base.errors import ConfigError
+from trivium.models.config import DecoderConfig
+from trivium.models.presets import preset
+from trivium.train.data.config import DataConfig
+from trivium.train.schedule import ScheduleConfig
+from trivium.train.tasks import TaskConfig
+from trivium.zero.placement import ZeroConfig
+
+_SHAPE = tuple(entry.name for entry in fields(DecoderConfig))
+_REQUIRED = ("dim", "layers", "heads", "ffn_dim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The ``[model]`` table: a preset, a Hugging Face folder (``from``), or a shape written out.
+
+    With ``preset`` the other keys replace single values of it. Without it, ``vocabulary`` unset means the tokenizer's.
+    ``dtype`` is what parameters and gradients are computed in; optimizer states stay in fp32.
+    """
+
+    preset: str | None = None
+    from_: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    vocabulary: int | None = None
+    dim: int | None = None
+    layers: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    ffn_dim: int | None = None
+    max_positions: int | None = None
+    rope_theta: float | None = None
+    norm_eps: float | None = None
+    tied: bool | None = None
+    init_std: float | None = None
+
+    def __post_init__(self) -> None:
+        given = sorted(self._shape())
+        if self.from_ is not None and (self.preset is not None or given):
+            other = "preset" if self.preset is not None else given[0]
+            raise ConfigError(
+                f"model.from={self.from_!r} and model.{other} are both given: the folder's config.json says the whole "
+                "shape; leave one out"
+            )
+        if self.preset is not None:
+            preset(self.preset)
+        if self.preset is None and self.from_ is None:
+            missing = [name for name in _REQUIRED if getattr(self, name) is None]
+            if missing:
+                raise ConfigError(
+                    f"no model is described: {', '.join(missing)} missing; give model.preset, model.from or "
+                    f"{', '.join(_REQUIRED)}"
+                )
+
+    def decoder(self, vocabulary: int) -> DecoderConfig:
+        """The shape for a tokenizer of ``vocabulary`` entries. For ``from`` see `trivium.train.build`."""
+        if self.preset is not None:
+            return replace(preset(self.preset), **self._shape())
+        return DecoderConfig(**{"vocabulary": vocabulary, **self._shape()})
+
+    def _shape(self) -> dict[str, int | float | bool]:
+        return {name: getattr(self, name) for name in _SHAPE if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The ``[optimizer]`` table: torch's AdamW. Vectors (norms) are not decayed."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    fused: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ConfigError(f"optimizer.lr={self.lr}: expected a positive number")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ConfigError(
+                f"optimizer.betas={list(self.betas)}: expected two numbers from 0 up to, not including, 1"
+            )
+        if not self.eps > 0:
+            raise ConfigError(f"optimizer.eps={self.eps}: expected a positive number")
+        if not self.weight_decay >= 0:
+            raise ConfigError(f"optimizer.weight_decay={self.weight_decay}: expected 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """The ``[train]`` table.
+
+    ``micro_batch``: sequences per rank and backward pass. ``batch``: sequences per step over all ranks, from which
+    ``accumulation`` (backward passes per step) follows; give either. Runs of equal ``batch`` and ``micro_batch`` compute
+    the same bits on any number of ranks. ``clip`` 0: no clipping. ``validate_every``, ``log_every`` in steps;
+    ``validation_batches``: at most so many micro-batches of validation text, 0 for all of it. ``recompute``: keep only
+    each block's input and recompute it in backward. ``on_nonfinite``: ``skip`` goes on with the next step (up to
+    ``max_nonfinite`` in a row), ``stop`` stops, ``dump`` writes the batch and a report of every parameter first.
+    ``threads`` 0: what the environment says.
+    """
+
+    steps: int = 1000
+    micro_batch: int = 8
+    batch: int | None = None
+    accumulation: int | None = None
+    clip: float = 1.0
+    seed: int = 0
+    validate_every: int = 100
+    validation_batches: int = 16
+    log_every: int = 10
+    recompute: bool = False
+    on_nonfinite: Literal["skip", "stop", "dump"] = "skip"
+    max_nonfinite: int = 10
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 0
+    timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "micro_batch", "log_every", "max_nonfinite"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name}={getattr(self, name)}: expected 1 or more")
+        for name in ("clip", "seed", "validate_every", "validation_batches", "threads"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name}={getattr(self, name)}: expected 0 or more")
+        for name in ("batch", "accumulation"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"train.{name}={value}: expected 1 or more")
+        if self.seed >= 2**31:
+            raise ConfigError(f"train.seed={self.seed}: expected below 2^31")
+        if not self.timeout_s > 0:
+            raise ConfigError(f"train.timeout_s={self.timeout_s}: expected a positive number of seconds")
+
+    def accumulation_for(self, ranks: int) -> int:
+        """Backward passes per step on ``ranks`` ranks. Raises ConfigError when ``batch`` cannot be dealt out."""
+        if self.batch is None:
+            return self.accumulation or 1
+        once = self.micro_batch * ranks
+        if self.batch % once:
+            lower = self.batch // once * once
+            near = [str(number) for number in (lower, lower + once) if number]
+            raise ConfigError(
+                f"train.batch={self.batch} cannot be dealt out: micro_batch={self.micro_batch} × {ranks} ranks = {once} "
+                f"sequences at once, and {self.batch} / {once} = {self.batch / once:.3g}; nearest: {' or '.join(near)}"
+            )
+        passes = self.batch // once
+        if self.accumulation not in (None, passes):
+            raise ConfigError(
+                f"train.batch={self.batch} / (micro_batch={self.micro_batch} × {ranks} ranks) = {passes} passes per "
+                f"step, but train.accumulation={self.accumulation}: leave one of the two out"
+            )
+        return passes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveConfig:
+    """The ``[checkpoint]`` table. Checkpoints lie in the run's folder as ``step-00000100``.
+
+    ``every`` 0: only at the end. ``resume``: ``auto`` goes on from the newest complete one if there is one, ``must``
+    fails when there is none, ``never`` starts anew and refuses a folder that has one; else a checkpoint's path.
+    """
+
+    every: int = 200
+    keep_last: int = 2
+    resume: str = "auto"
+    on_save_error: Literal["stop", "warn"] = "stop"
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ConfigError(f"checkpoint.every={self.every}: expected 0 (only at the end) or a number of steps")
+        if self.keep_last < 2:
+            raise ConfigError(
+                f"checkpoint.keep_last={self.keep_last}: expected 2 or more, so that one good checkpoint is always left"
+            )
+        if not self.resume:
+            raise ConfigError("checkpoint.resume is empty: expected auto, must, never or a checkpoint's folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """The ``[report]`` table: what is told besides metrics.jsonl, which is always written.
+
+    ``prompts`` are completed greedily by up to ``sample_tokens`` tokens at the end. ``task_prompts``: held-out inputs
+    per task, for runs with ``[tasks]``.
+    """
+
+    html: bool = True
+    tensorboard: bool = False
+    wandb: bool = False
+    project: str = "trivium"
+    prompts: tuple[str, ...] = ()
+    sample_tokens: int = 48
+    task_prompts: int = 100
+
+    def __post_init__(self) -> None:
+        if self.sample_tokens < 1 or self.task_prompts < 1:
+            raise ConfigError(
+                f"report.sample_tokens={self.sample_tokens}, report.task_prompts={self.task_prompts}: expected 1 or more"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run. ``run`` is its folder; ``tasks`` present: train on generated tasks in place of ``[data]``'s text."""
+
+    run: str = "runs/train"
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(preset="34m"))
+    data: DataConfig = field(default_factory=DataConfig)
+    tasks: TaskConfig | None = None
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    checkpoint: SaveConfig = field(default_factory=SaveConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def __post_init__(self) -> None:
+        if not self.run or "\0" in self.run:
+            raise ConfigError("run is empty: expected the folder that the run writes to")
+        if self.schedule.warmup_steps > self.train.steps:
+            raise ConfigError(
+                f"schedule.warmup_steps={self.schedule.warmup_steps} is more than train.steps={self.train.steps}: the "
+                f"rate would never reach optimizer.lr; at most {self.train.steps}"
+            )
+        if self.train.batch is not None and self.train.batch % self.train.micro_batch:
+            self.train.accumulation_for(1)
+        if self.model.from_ is None and self.tasks is None and self.data.tokenizer is None:
+            check_fit(self.model.decoder(self.data.vocabulary), self.data.vocabulary, self.data.sequence)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.run).expanduser()
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raise ConfigError for what cannot be done on ``ranks`` ranks."""
+        self.train.accumulation_for(ranks)
+        size = self.zero.shard_size
+        if size is not None and size < ranks and ranks % size:
+            raise ConfigError(
+                f"zero.shard_size={size} does not divide {ranks} ranks ({ranks} / {size} = {ranks / size:.3g}): "
+                f"expected one of {', '.join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)}"
+            )
+
+
+def check_fit(decoder: DecoderConfig, vocabulary: int, sequence: int) -> None:
+    """Raise ConfigError when the tokenizer or the sequences are larger than the model allows."""
+    if vocabulary > decoder.vocabulary:
+        raise ConfigError(
+            f"the tokenizer has {vocabulary} entries (data.vocabulary), the model only {decoder.vocabulary}: set "
+            f"data.vocabulary={decoder.vocabulary} or model.vocabulary={vocabulary}"
+        )
+    if sequence > decoder.max_positions:
+        raise ConfigError(
+            f"data.sequence={sequence} is longer than the model's max_positions={decoder.max_positions}: set "
+            f"data.sequence={decoder.max_positions} or model.max_positions={sequence}"
+        )

@@ -1,0 +1,282 @@
+"""A run from its config to its report: build, resume, step, validate, save, stop when asked. The same code on one rank.
+
+ZeRO section 5. Communication: every rank calls `train`; what is sent is ZeRO's own, one agreement per step, and small
+agreements around checkpoints and rows of metrics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trivium import __version__, zero
+from trivium.base import config as configs
+from trivium.base import log
+from trivium.base.units import format_count
+from trivium.checkpoint import check_folder
+from trivium.checkpoint.commit import lock
+from trivium.dist.ledger import Ledger
+from trivium.dist.mesh import Mesh
+from trivium.train import evaluate, saving, tasks
+from trivium.train.build import Parts, Text, assemble, check_corpus, lead, read_text
+from trivium.train.config import TrainConfig
+from trivium.train.data import Baseline, baseline
+from trivium.train.metrics import Recorder, Writer, measured_peak_flops, process_memory
+from trivium.train.nonfinite import Policy
+from trivium.train.progress import Display
+from trivium.train.saving import Progress
+from trivium.train.step import Stepper, StepResult
+from trivium.train.stop import Stop, signals
+from trivium.train.writers import open_writers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended, equal on every rank but for ``rows``, which rank 0 has.
+
+    ``signal``: 0 when all steps were done, else the signal that stopped it. ``memory``: peak bytes by category of rank
+    0. ``validation`` is the last one (nats per token), None without. ``scores``: exact answers per task, 0 to 1.
+    """
+
+    steps: int
+    skipped: int
+    loss: float | None
+    validation: float | None
+    signal: int
+    checkpoint: Path | None
+    memory: dict[str, int]
+    baseline: Baseline | None
+    scores: dict[str, float]
+    samples: tuple[tuple[str, str], ...]
+    rows: tuple[dict[str, Any], ...]
+    report: Path | None = None
+
+
+def train(config: TrainConfig, mesh: Mesh, *, terminal: bool | None = None) -> Outcome:
+    """Run ``config`` on ``mesh``. Collective. ``terminal``: whether progress is live (None: where stderr is a terminal).
+
+    Raises ConfigError, DataError, CheckpointError, NonFiniteError; SIGTERM and Ctrl-C end it after the step, saved.
+    """
+    config.check_ranks(mesh.data_size)
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    with contextlib.ExitStack() as stack:
+        lead(mesh, "opening the run's folder", lambda: _open_folder(config, stack))
+        writers = lead(mesh, "opening writers", lambda: open_writers(config)) or ()
+        text = read_text(config, mesh)
+        check_corpus(text, config)
+        lead(mesh, "saving the tokenizer", lambda: text.tokenizer.save(config.folder))
+        run = _Run(config, mesh, text, writers)
+        stack.callback(run.recorder.close)
+        with signals() as stop:
+            return run.go(stop, terminal)
+
+
+def _open_folder(config: TrainConfig, stack: contextlib.ExitStack) -> None:
+    check_folder(config.folder)
+    stack.enter_context(lock(config.folder))
+
+
+class _Run:
+    """The parts of one run and its rows of metrics."""
+
+    def __init__(self, config: TrainConfig, mesh: Mesh, text: Text, writers: Sequence[Writer]) -> None:
+        self.config, self.mesh, self.text = config, mesh, text
+        self.leads = mesh.rank == 0
+        self.parts: Parts = assemble(config, mesh, text)
+        self.progress = saving.resume(config, self.parts, mesh)
+        self.control = mesh.channel(mesh.comm("dp"), "control")
+        self.stepper = Stepper(config, self.parts, self.control, mesh.device)
+        self.policy = Policy(config, self.stepper)
+        folder = config.folder if self.leads else None
+        self.recorder = Recorder(folder, tuple(writers), resumed=self.progress.step)
+        self.baseline = self._baseline()
+        self.peak_flops = self._peak()
+        self.loss: float | None = None
+        self.validation: float | None = None
+        self.saved_step: int | None = None
+        self.checkpoint: Path | None = None
+        self._tokens = 0
+        self._seconds = 0.0
+
+    def go(self, stop: Stop, terminal: bool | None) -> Outcome:
+        """Do the steps that are left, then evaluate."""
+        steps = self.config.train.steps
+        self._start()
+        signal = 0
+        display = Display(
+            steps=steps,
+            done=self.progress.step,
+            every=self.config.train.log_every,
+            shown=self.leads,
+            terminal=terminal,
+        )
+        with display:
+            if self.progress.step == 0:
+                self._validate(display)
+            while self.progress.step < steps and not signal:
+                signal = self._step(stop, display)
+        last = self.progress.step
+        if self.saved_step != last and (last < steps or self.loss is not None):
+            self._save()
+        scores: dict[str, float] = {}
+        samples: tuple[tuple[str, str], ...] = ()
+        if not signal:
+            scores, samples = self._answers()
+        self.recorder.write(
+            "end", step=last, signal=signal, scores=scores, samples=samples, skipped=self.progress.skipped
+        )
+        self.mesh.comm("world").barrier()
+        return Outcome(
+            steps=last,
+            skipped=self.progress.skipped,
+            loss=self.loss,
+            validation=self.validation,
+            signal=signal,
+            checkpoint=self.checkpoint,
+            memory=zero.meter_of(self.parts.model).by_label(peak=True),
+            baseline=self.baseline,
+            scores=scores,
+            samples=samples,
+            rows=tuple(self.recorder.rows),
+        )
+
+    def _step(self, stop: Stop, display: Display) -> int:
+        """One step and what follows it; the signal that ends the run, or 0."""
+        settings = self.config.train
+        waited, begun = self.mesh.link.waited_s, time.perf_counter()
+        with self.mesh.ledger() as sent:
+            result = self.stepper.step(self.progress.step, stop.wish)
+        seconds = time.perf_counter() - begun
+        counted = self.policy.see(result)
+        self.progress = Progress(
+            step=self.progress.step + 1,
+            skipped=self.progress.skipped + (not counted),
+            tokens=self.progress.tokens + result.tokens,
+        )
+        self.loss = result.loss if counted else self.loss
+        self._row(result, sent, seconds, self.mesh.link.waited_s - waited)
+        done = self.progress.step
+        display.step(done, result.loss, result.tokens / seconds)
+        every = settings.validate_every
+        if every and (done % every == 0 or done == settings.steps) and not result.stop:
+            self._validate(display)
+        if self.config.checkpoint.every and done % self.config.checkpoint.every == 0:
+            self._save()
+        return result.stop
+
+    def _row(self, result: StepResult, sent: Ledger, seconds: float, waited: float) -> None:
+        memory = None
+        if self.progress.step % self.config.train.log_every == 0 or self.progress.step == 1:
+            memory = self.control.all_gather_json(process_memory())
+        flops = self.parts.decoder.flops_per_token(self.config.data.sequence) * self._sequence_tokens() / seconds
+        self.recorder.write(
+            "step",
+            step=self.progress.step,
+            loss=result.loss,
+            lr=result.lr,
+            gradient_norm=result.gradient_norm,
+            tokens=result.tokens,
+            epoch=self.parts.loader.epoch,
+            step_s=seconds,
+            tokens_per_s=result.tokens / seconds,
+            flops_per_s=flops,
+            flops_share=flops / self.peak_flops,
+            sent_bytes=sent.bytes,
+            payload_bytes=sent.payload_bytes,
+            sent_by_phase=sent.bytes_by("phase"),
+            calls=sent.calls,
+            waited_s=waited,
+            memory=zero.meter_of(self.parts.model).by_label(peak=True),
+            process=memory,
+            skipped=self.progress.skipped,
+            loss_scale=zero.api.engine_of(self.parts.model).scale.value,
+        )
+
+    def _sequence_tokens(self) -> int:
+        return (
+            self.config.data.sequence * self.config.train.micro_batch * self.stepper.accumulation * self.mesh.data_size
+        )
+
+    def _validate(self, display: Display) -> None:
+        if not self.config.train.validate_every:
+            return
+        begun = time.perf_counter()
+        loss, tokens = self.stepper.validate(self.text.validation)
+        self.validation = loss
+        self.recorder.write(
+            "validation", step=self.progress.step, loss=loss, tokens=tokens, seconds=time.perf_counter() - begun
+        )
+        display.validation(self.progress.step, loss)
+
+    def _save(self) -> None:
+        begun = time.perf_counter()
+        written = saving.save(self.config, self.parts, self.mesh, self.progress)
+        if written is not None:
+            self.checkpoint, self.saved_step = written, self.progress.step
+            self.recorder.write("save", step=self.progress.step, path=str(written), seconds=time.perf_counter() - begun)
+
+    def _baseline(self) -> Baseline | None:
+        """Counted on rank 0 alone; the others have None."""
+        if not self.config.train.validate_every:
+            return None
+        return lead(self.mesh, "counting the baselines", lambda: baseline(self.text.train, self.text.validation))
+
+    def _peak(self) -> float:
+        """FLOP/s of a matrix product on all ranks at once, added up."""
+        mine = measured_peak_flops(self.mesh.device, getattr(torch, self.config.model.dtype))
+        return math.fsum(self.control.all_gather_json(mine))
+
+    def _answers(self) -> tuple[dict[str, float], tuple[tuple[str, str], ...]]:
+        settings = self.config.report
+        writer = evaluate.Generator(self.parts.model, self.text.tokenizer, self.control, self.mesh.device)
+        scores: dict[str, float] = {}
+        if self.config.tasks is not None:
+            found = tasks.exact_match(
+                lambda prompts: writer.answers(prompts, max_tokens=32), self.config.tasks, count=settings.task_prompts
+            )
+            scores = {name: score.share for name, score in found.items()}
+        texts = writer.answers(settings.prompts, max_tokens=settings.sample_tokens) if settings.prompts else []
+        return scores, tuple(zip(settings.prompts, texts, strict=True))
+
+    def _start(self) -> None:
+        decoder, parts = self.parts.decoder, self.parts
+        counts = self.baseline
+        self.recorder.write(
+            "start",
+            step=self.progress.step,
+            config=configs.to_dict(self.config),
+            model=configs.to_dict(decoder),
+            parameters=decoder.num_parameters(),
+            ranks=self.mesh.data_size,
+            threads=torch.get_num_threads(),
+            accumulation=self.stepper.accumulation,
+            sequences=parts.loader.num_sequences,
+            text=self.text.source,
+            unigram=None if counts is None else counts.unigram,
+            bigram=None if counts is None else counts.bigram,
+            peak_flops=self.peak_flops,
+            versions={"trivium": __version__, "torch": str(torch.__version__)},
+        )
+        if self.leads:
+            log.get().info(
+                "%s parameters on %d rank(s) at stage %d, %s; %d sequences of %d tokens; %d pass(es) of %d sequences "
+                "per rank and step",
+                format_count(decoder.num_parameters()),
+                self.mesh.data_size,
+                self.config.zero.stage,
+                self.text.source,
+                parts.loader.num_sequences,
+                self.config.data.sequence,
+                self.stepper.accumulation,
+                self.config.train.micro_batch,
+            )
+            if counts is not None:
+                log.get().info("by counting alone: unigram %.3f, bigram %.3f nats", counts.unigram, counts.bigram)

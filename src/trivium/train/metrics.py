@@ -1,0 +1,141 @@
+"""What a run measures, one JSON object a line in metrics.jsonl: loss, speed, bytes on the wire, memory, skipped steps.
+
+ZeRO sections 3 and 7: memory by category and bytes by phase are the paper's own quantities.
+Rows: ``start``, ``step``, ``validation``, ``end``; every number finite or null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import torch
+
+from trivium.base.errors import DataError
+
+FILE = "metrics.jsonl"
+
+
+class Writer(Protocol):
+    """Where rows go besides the file."""
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Take one row."""
+
+    def close(self) -> None:
+        """No more rows come."""
+
+
+class Recorder:
+    """Writes rows into ``folder``/metrics.jsonl and to ``writers``, on rank 0; elsewhere pass ``folder`` None.
+
+    Rows of steps after ``resumed`` are of a life that was lost, and are dropped when the file is opened.
+    """
+
+    def __init__(self, folder: Path | None, writers: tuple[Writer, ...] = (), *, resumed: int = 0) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._writers = writers
+        self._file = None
+        if folder is not None:
+            path = folder / FILE
+            self.rows = [row for row in read(path) if row.get("step", 0) <= resumed] if resumed else []
+            fresh = path.with_name(f"{FILE}.tmp-{os.getpid()}")
+            fresh.write_text("".join(_line(row) for row in self.rows), encoding="utf-8")
+            fresh.replace(path)
+            self._file = path.open("a", encoding="utf-8")
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Add one row."""
+        if self._file is None:
+            return
+        row = {"kind": kind, "time": round(time.time(), 3), **{key: _finite(value) for key, value in values.items()}}
+        self.rows.append(row)
+        self._file.write(_line(row))
+        self._file.flush()
+        for writer in self._writers:
+            writer.write(row)
+
+    def close(self) -> None:
+        """Close the file and the writers."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        for writer in self._writers:
+            writer.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line that was cut off by a kill is left out. Raises DataError for others."""
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{path}:{number}: not a row of metrics ({error}); move the file away to go on") from error
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def process_memory() -> dict[str, int | None]:
+    """This process's bytes now (``rss``, and ``pss`` with shared pages divided, where Linux tells) and its peak."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "rss_bytes": int(psutil.Process().memory_info().rss),
+        "pss_bytes": _proportional(),
+        "peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024,
+    }
+
+
+def _proportional() -> int | None:
+    try:
+        text = Path("/proc/self/smaps_rollup").read_text()
+    except OSError:
+        return None
+    for line in text.splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def measured_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOP/s of a plain matrix product on this rank, with the threads it has; the best of several short tries."""
+    size = 4096 if device.type == "cuda" else 512
+    left = torch.randn(size, size, device=device).to(dtype)
+    right = torch.randn(size, size, device=device).to(dtype)
+    best = 0.0
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < seconds:
+        started = time.perf_counter()
+        torch.mm(left, right)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2.0 * size**3 / (time.perf_counter() - started))
+    return best
