@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def launch(
         command += ["-m", module, str(folder / "request.json"), name]
         with (folder / "words.txt").open("wb") as words:
             process = subprocess.Popen(
-                command, stdout=words, stderr=subprocess.STDOUT, env=_environment(), start_new_session=True
+                command, stdout=words, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
             )
             try:
                 code = process.wait(timeout_s)
@@ -44,7 +45,7 @@ def launch(
             finally:
                 _end(process)
         if code != 0:
-            raise RankError(f"a rank of the measurement failed (exit code {code}):\n{_tail(folder)}")
+            raise RankError(f"a rank of the measurement failed (exit code {code}): {_cause(folder)}")
         return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -53,7 +54,18 @@ def report(folder: str, rank: int, result: Mapping[str, Any]) -> None:
     (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(result))
 
 
-def _environment() -> dict[str, str]:
+@contextlib.contextmanager
+def told(folder: str) -> Iterator[None]:
+    """Around what a rank does: if it fails, its traceback is left where `launch` looks for the cause."""
+    try:
+        yield
+    except Exception:
+        path = Path(folder) / f"failed-{os.environ.get('RANK', '0')}.txt"
+        path.write_text(traceback.format_exc())
+        raise
+
+
+def environment() -> dict[str, str]:
     """One thread per rank, loopback only, and the package importable as it is here."""
     source = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(part for part in (source, os.environ.get("PYTHONPATH", "")) if part)
@@ -78,6 +90,15 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _cause(folder: Path) -> str:
+    """The traceback of the rank that failed first; the launch's last words where no rank left one."""
+    left = sorted(folder.glob("failed-*.txt"), key=lambda path: path.stat().st_mtime_ns)
+    if not left:
+        return "\n" + _tail(folder)
+    rank = left[0].stem.partition("-")[2]
+    return f"rank {rank}\n" + "\n".join(left[0].read_text().splitlines()[-_TAIL_LINES:])
 
 
 def _tail(folder: Path) -> str:

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from trivium.bench.launch import environment
+
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
 
 
@@ -32,7 +34,7 @@ def prefix() -> list[str] | None:
     if unshare is None or sys.platform != "linux":
         return None
     words = [unshare, "--map-root-user", "--net", sys.executable, "-m", "trivium.bench.loopback"]
-    tried = subprocess.run([*words, "true"], capture_output=True, check=False)
+    tried = subprocess.run([*words, "true"], capture_output=True, check=False, env=environment())
     return words if tried.returncode == 0 else None
 
 

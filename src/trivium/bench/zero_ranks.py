@@ -19,7 +19,7 @@ import torch
 
 from trivium.bench import loopback, resident
 from trivium.bench.contestant import Contestant
-from trivium.bench.launch import report
+from trivium.bench.launch import report, told
 from trivium.bench.ours import Ours
 from trivium.bench.runner import take_turns
 from trivium.dist.launch import init, shutdown
@@ -181,4 +181,5 @@ def main(request_path: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    with told(sys.argv[2]):
+        main(sys.argv[1], sys.argv[2])
