@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,12 +12,15 @@ import typer
 
 from trivium.base import config as configs
 from trivium.base import log
+from trivium.base.units import format_bytes
 from trivium.cli import launching
 from trivium.cli.output import print_json, word_console
 
 if TYPE_CHECKING:
+    from trivium.models import DecoderConfig
     from trivium.train.config import TrainConfig
     from trivium.train.loop import Outcome
+    from trivium.train.report import Planned
 
 
 def register(app: typer.Typer) -> None:
@@ -80,9 +84,18 @@ def _run(settings: TrainConfig, launched: bool, terminal: bool) -> tuple[int, An
     if launched and not settings.train.threads:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.size))
     mesh = init(device=settings.train.device, timeout_s=settings.train.timeout_s)
-    outcome = run(settings, mesh, terminal=terminal or None)
+    outcome = run(settings, mesh, terminal=terminal or None, plan=_beside)
     answer = _answer(settings, outcome, mesh.data_size) if mesh.rank == 0 else None
     return (128 + outcome.signal if outcome.signal else 0), answer
+
+
+def _beside(config: TrainConfig, decoder: DecoderConfig, ranks: int, measured: Mapping[str, int]) -> list[Planned]:
+    """What rank 0 was planned to hold and send, beside what it did."""
+    from trivium.plan import configured, report
+    from trivium.train.report import Planned
+
+    rows = report.compare(configured.plan_run(config, decoder, ranks), measured)
+    return [Planned(name=row.name, planned=row.planned, measured=row.measured) for row in rows]
 
 
 def _answer(settings: TrainConfig, outcome: Outcome, ranks: int) -> dict[str, Any]:
@@ -105,6 +118,7 @@ def _answer(settings: TrainConfig, outcome: Outcome, ranks: int) -> dict[str, An
         "samples": [list(pair) for pair in outcome.samples],
         "checkpoint": None if outcome.checkpoint is None else str(outcome.checkpoint),
         "report": None if outcome.report is None else str(outcome.report),
+        "planned": {row.name: {"planned": row.planned, "measured": row.measured} for row in outcome.planned},
         "signal": outcome.signal,
     }
 
@@ -121,12 +135,19 @@ def _tell(answer: dict[str, Any], as_json: bool) -> None:
     if answer["loss"] is not None:
         told += f", training loss {answer['loss']:.4f}"
     if answer["validation"] is not None:
-        told += f", validation {answer['validation']:.4f} nats (unigram {answer['unigram']:.3f}, bigram {answer['bigram']:.3f})"
+        told += f", validation {answer['validation']:.4f} nats"
+    if answer["unigram"] is not None:
+        told += f" (by counting alone: unigram {answer['unigram']:.3f}, bigram {answer['bigram']:.3f})"
     console.print(told)
     for name, share in answer["scores"].items():
         console.print(f"{name}: {share:.1%} of held-out inputs answered exactly")
     for prompt, text in answer["samples"]:
         console.print(f"{prompt!r} → {text!r}")
+    if answer["planned"]:
+        console.print(f"{'rank 0':<12}{'plan':>14}{'measured':>14}")
+    for name, row in answer["planned"].items():
+        off = "exact" if row["planned"] == row["measured"] else f"{row['measured'] / max(row['planned'], 1) - 1:+.1%}"
+        console.print(f"{name:<12}{format_bytes(row['planned']):>14}{format_bytes(row['measured']):>14}{off:>10}")
     for key in ("checkpoint", "report"):
         if answer[key]:
             console.print(f"{key}: {answer[key]}")

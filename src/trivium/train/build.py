@@ -94,10 +94,8 @@ def _task_text(config: tasks.TaskConfig) -> Text:
 
 def decoder_of(config: TrainConfig, vocabulary: int) -> DecoderConfig:
     """The model's shape for a tokenizer of ``vocabulary`` entries; reads config.json for ``model.from``."""
-    if config.model.from_ is not None:
-        decoder = _family(config.model.from_)[1]
-    else:
-        decoder = config.model.decoder(vocabulary)
+    source = config.model.from_
+    decoder = config.model.decoder(vocabulary) if source is None else _family(source)[1]
     check_fit(decoder, vocabulary, config.data.sequence)
     return decoder
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from trivium.base.errors import ConfigError
 from trivium.models.config import DecoderConfig
@@ -69,7 +69,7 @@ class ModelConfig:
             return replace(preset(self.preset), **self._shape())
         return DecoderConfig(**{"vocabulary": vocabulary, **self._shape()})
 
-    def _shape(self) -> dict[str, int | float | bool]:
+    def _shape(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _SHAPE if getattr(self, name) is not None}
 
 
@@ -101,8 +101,8 @@ class LoopConfig:
     """The ``[train]`` table.
 
     ``micro_batch``: sequences per rank and backward pass. ``batch``: sequences per step over all ranks, from which
-    ``accumulation`` (backward passes per step) follows; give either. Runs of equal ``batch`` and ``micro_batch`` compute
-    the same bits on any number of ranks. ``clip`` 0: no clipping. ``validate_every``, ``log_every`` in steps;
+    ``accumulation`` (backward passes per step) follows; give either. Runs of equal ``batch`` and ``micro_batch``
+    compute the same bits on any number of ranks. ``clip`` 0: no clipping. ``validate_every``, ``log_every`` in steps;
     ``validation_batches``: at most so many micro-batches of validation text, 0 for all of it. ``recompute``: keep only
     each block's input and recompute it in backward. ``on_nonfinite``: ``skip`` goes on with the next step (up to
     ``max_nonfinite`` in a row), ``stop`` stops, ``dump`` writes the batch and a report of every parameter first.
@@ -150,8 +150,9 @@ class LoopConfig:
             lower = self.batch // once * once
             near = [str(number) for number in (lower, lower + once) if number]
             raise ConfigError(
-                f"train.batch={self.batch} cannot be dealt out: micro_batch={self.micro_batch} × {ranks} ranks = {once} "
-                f"sequences at once, and {self.batch} / {once} = {self.batch / once:.3g}; nearest: {' or '.join(near)}"
+                f"train.batch={self.batch} cannot be dealt out: micro_batch={self.micro_batch} × {ranks} ranks = "
+                f"{once} sequences at once, and {self.batch} / {once} = {self.batch / once:.3g}; "
+                f"nearest: {' or '.join(near)}"
             )
         passes = self.batch // once
         if self.accumulation not in (None, passes):
@@ -191,7 +192,7 @@ class ReportConfig:
     """The ``[report]`` table: what is told besides metrics.jsonl, which is always written.
 
     ``prompts`` are completed greedily by up to ``sample_tokens`` tokens at the end. ``task_prompts``: held-out inputs
-    per task, for runs with ``[tasks]``.
+    per task, for runs with ``[tasks]``. ``digest``: end with a SHA-256 of all weights.
     """
 
     html: bool = True
@@ -201,11 +202,13 @@ class ReportConfig:
     prompts: tuple[str, ...] = ()
     sample_tokens: int = 48
     task_prompts: int = 100
+    digest: bool = True
 
     def __post_init__(self) -> None:
         if self.sample_tokens < 1 or self.task_prompts < 1:
             raise ConfigError(
-                f"report.sample_tokens={self.sample_tokens}, report.task_prompts={self.task_prompts}: expected 1 or more"
+                f"report.sample_tokens={self.sample_tokens}, report.task_prompts={self.task_prompts}: "
+                "expected 1 or more"
             )
 
 

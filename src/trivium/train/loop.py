@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,22 @@ from trivium.checkpoint import check_folder
 from trivium.checkpoint.commit import lock
 from trivium.dist.ledger import Ledger
 from trivium.dist.mesh import Mesh
+from trivium.models import DecoderConfig
 from trivium.train import evaluate, saving, tasks
 from trivium.train.build import Parts, Text, assemble, check_corpus, lead, read_text
 from trivium.train.config import TrainConfig
 from trivium.train.data import Baseline, baseline
-from trivium.train.metrics import Recorder, Writer, measured_peak_flops, process_memory
+from trivium.train.metrics import AllocatorPeak, Recorder, Writer, measured_peak_flops, process_memory
 from trivium.train.nonfinite import Policy
 from trivium.train.progress import Display
+from trivium.train.report import Planned
+from trivium.train.report import write as write_report
 from trivium.train.saving import Progress
 from trivium.train.step import Stepper, StepResult
 from trivium.train.stop import Stop, signals
 from trivium.train.writers import open_writers
+
+PlanBeside = Callable[[TrainConfig, DecoderConfig, int, Mapping[str, int]], Sequence[Planned]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +61,13 @@ class Outcome:
     scores: dict[str, float]
     samples: tuple[tuple[str, str], ...]
     rows: tuple[dict[str, Any], ...]
-    report: Path | None = None
+    planned: tuple[Planned, ...]
+    report: Path | None
 
 
-def train(config: TrainConfig, mesh: Mesh, *, terminal: bool | None = None) -> Outcome:
-    """Run ``config`` on ``mesh``. Collective. ``terminal``: whether progress is live (None: where stderr is a terminal).
+def train(config: TrainConfig, mesh: Mesh, *, terminal: bool | None = None, plan: PlanBeside | None = None) -> Outcome:
+    """Run ``config`` on ``mesh``. Collective. ``terminal``: whether progress is live (None: if stderr is one).
+    ``plan`` puts a forecast beside what was measured; it stands a floor above and is therefore given.
 
     Raises ConfigError, DataError, CheckpointError, NonFiniteError; SIGTERM and Ctrl-C end it after the step, saved.
     """
@@ -73,7 +80,7 @@ def train(config: TrainConfig, mesh: Mesh, *, terminal: bool | None = None) -> O
         text = read_text(config, mesh)
         check_corpus(text, config)
         lead(mesh, "saving the tokenizer", lambda: text.tokenizer.save(config.folder))
-        run = _Run(config, mesh, text, writers)
+        run = _Run(config, mesh, text, writers, plan)
         stack.callback(run.recorder.close)
         with signals() as stop:
             return run.go(stop, terminal)
@@ -87,7 +94,10 @@ def _open_folder(config: TrainConfig, stack: contextlib.ExitStack) -> None:
 class _Run:
     """The parts of one run and its rows of metrics."""
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, text: Text, writers: Sequence[Writer]) -> None:
+    def __init__(
+        self, config: TrainConfig, mesh: Mesh, text: Text, writers: Sequence[Writer], plan: PlanBeside | None
+    ) -> None:
+        self._plan = plan
         self.config, self.mesh, self.text = config, mesh, text
         self.leads = mesh.rank == 0
         self.parts: Parts = assemble(config, mesh, text)
@@ -103,8 +113,8 @@ class _Run:
         self.validation: float | None = None
         self.saved_step: int | None = None
         self.checkpoint: Path | None = None
-        self._tokens = 0
-        self._seconds = 0.0
+        self._steps_here = self._held = 0
+        self._watched: AllocatorPeak | None = None
 
     def go(self, stop: Stop, terminal: bool | None) -> Outcome:
         """Do the steps that are left, then evaluate."""
@@ -133,6 +143,10 @@ class _Run:
         self.recorder.write(
             "end", step=last, signal=signal, scores=scores, samples=samples, skipped=self.progress.skipped
         )
+        planned = self._beside_plan()
+        report: Path | None = None
+        if self.leads and self.config.report.html and not signal:
+            report = write_report(self.config.folder, self.recorder.rows, planned)
         self.mesh.comm("world").barrier()
         return Outcome(
             steps=last,
@@ -146,13 +160,15 @@ class _Run:
             scores=scores,
             samples=samples,
             rows=tuple(self.recorder.rows),
+            planned=planned,
+            report=report,
         )
 
     def _step(self, stop: Stop, display: Display) -> int:
         """One step and what follows it; the signal that ends the run, or 0."""
         settings = self.config.train
         waited, begun = self.mesh.link.waited_s, time.perf_counter()
-        with self.mesh.ledger() as sent:
+        with self.mesh.ledger() as sent, self._watch():
             result = self.stepper.step(self.progress.step, stop.wish)
         seconds = time.perf_counter() - begun
         counted = self.policy.see(result)
@@ -171,6 +187,17 @@ class _Run:
         if self.config.checkpoint.every and done % self.config.checkpoint.every == 0:
             self._save()
         return result.stop
+
+    @contextlib.contextmanager
+    def _watch(self) -> Iterator[None]:
+        """The third step of this process tells how many bytes a step takes in all, to be put beside the plan."""
+        self._steps_here += 1
+        if self._steps_here != 3 or self._plan is None or not self.leads:
+            yield
+            return
+        self._held = zero.meter_of(self.parts.model).live_bytes()
+        with AllocatorPeak(self.mesh.device) as self._watched:
+            yield
 
     def _row(self, result: StepResult, sent: Ledger, seconds: float, waited: float) -> None:
         memory = None
@@ -199,6 +226,16 @@ class _Run:
             skipped=self.progress.skipped,
             loss_scale=zero.api.engine_of(self.parts.model).scale.value,
         )
+
+    def _beside_plan(self) -> tuple[Planned, ...]:
+        """What rank 0 was forecast to hold and send, beside what it did."""
+        sent = [row["payload_bytes"] for row in self.recorder.rows if row["kind"] == "step"]
+        if not self.leads or self._plan is None or not sent:
+            return ()
+        measured = {**zero.meter_of(self.parts.model).by_label(peak=True), "sent": sorted(sent)[len(sent) // 2]}
+        if self._watched is not None:
+            measured["total"] = self._watched.num_bytes + self._held
+        return tuple(self._plan(self.config, self.parts.decoder, self.mesh.data_size, measured))
 
     def _sequence_tokens(self) -> int:
         return (

@@ -125,6 +125,42 @@ def _proportional() -> int | None:
     return None
 
 
+class AllocatorPeak:
+    """The most bytes that torch's allocator gave out inside the block, above what was out when it began: ``num_bytes``.
+
+    On the CPU by the profiler, which slows the block a little.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.num_bytes = 0
+        self._device = device
+        self._before = 0
+        self._profile: Any = None
+
+    def __enter__(self) -> AllocatorPeak:
+        """Begin to watch."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        else:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
+            self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Add up what was seen."""
+        if self._profile is None:
+            self.num_bytes = torch.cuda.max_memory_allocated(self._device) - self._before
+            return
+        self._profile.__exit__(*error)
+        events = self._profile.profiler.kineto_results.events()
+        live = 0
+        for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+            live += change
+            self.num_bytes = max(self.num_bytes, live)
+
+
 def measured_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """FLOP/s of a plain matrix product on this rank, with the threads it has; the best of several short tries."""
     size = 4096 if device.type == "cuda" else 512

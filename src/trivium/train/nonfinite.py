@@ -80,7 +80,7 @@ class Policy:
         found: dict[str, list[int]] = {}
         model = self.stepper.parts.model
         handles = [
-            parameter.register_hook(_counter(name, found))
+            parameter.register_hook(_counter(name, found))  # type: ignore[no-untyped-call]
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         ]

@@ -94,7 +94,7 @@ class Stepper:
         reach("train.forward", rank=rank, step=step)
         loss = self.loss(batch)
         reach("train.backward", rank=rank, step=step)
-        (loss * self._shift).backward()
+        (loss * self._shift).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
     def loss(self, batch: Batch) -> torch.Tensor:

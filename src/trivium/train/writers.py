@@ -35,8 +35,8 @@ def _import(module: str, package: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise SetupError(
-            f"report.{extra} is set, but the package {package} is not installed: pip install 'trivium[{extra}]', or set "
-            f"report.{extra} = false"
+            f"report.{extra} is set, but the package {package} is not installed: pip install 'trivium[{extra}]', or "
+            f"set report.{extra} = false"
         ) from error
 
 

@@ -1,0 +1,22 @@
+"""One SHA-256 for all weights of a model, whatever its stage and number of ranks: equal weights, equal line."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from trivium import zero
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """The hash of names and bytes of every parameter and buffer, in the order of their names. Collective.
+
+    ``model`` is sharded; one unit at a time is gathered.
+    """
+    lines = []
+    for name, tensor in zero.iter_full(model):
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        lines.append(f"{name} {hashlib.sha256(data).hexdigest()}\n")
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
