@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-_NAMES = {"ddp": "DDP", "fsdp2": "FSDP2", "fsdp2-keep": "FSDP2, keeps parameters"}
+_NAMES = {"ddp": "DDP", "fsdp2": "FSDP2", "fsdp2-keep": "FSDP2 keep"}
+_BASES = {"ddp": "DDP", "fsdp2": "FSDP2", "deepspeed-3": "DS 3"}
 
 
 def title(name: str) -> str:
@@ -25,24 +27,26 @@ def table(report: Mapping[str, Any]) -> Table:
         f"{work['parameters'] / 1e6:.1f}M parameters, {work['batch']} × {work['sequence']} tokens per rank, "
         f"{work['ranks']} ranks × {work['threads_per_rank']} thread, {work['dtype']}"
     )
-    built = Table(title=heading, title_justify="left")
+    everyone = report["contestants"]
+    built = Table(title=heading, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     built.add_column("contestant", no_wrap=True)
-    bases = [base for base in ("ddp", "fsdp2", "deepspeed-3") if base in report["contestants"]]
     built.add_column("step", justify="right", no_wrap=True)
-    for base in bases:
-        built.add_column(f"÷ {title(base)}", justify="right")
-    built.add_column("peak B/param", justify="right")
-    built.add_column("wire ÷ Ψ", justify="right")
-    built.add_column("ledger ÷ Ψ", justify="right")
-    if any("delay" in one for one in report["contestants"].values()):
-        built.add_column("delay hidden", justify="right")
-    for name, one in report["contestants"].items():
+    bases = {base: label for base, label in _BASES.items() if base in everyone}
+    for label in bases.values():
+        built.add_column(f"÷ {label}", justify="right", no_wrap=True)
+    built.add_column("B/Ψ", justify="right", no_wrap=True)
+    wired = any("wire" in one["bytes"] for one in everyone.values())
+    built.add_column("wire/Ψ" if wired else "sent/Ψ", justify="right", no_wrap=True)
+    delayed = any("delay" in one for one in everyone.values())
+    if delayed:
+        built.add_column("hidden", justify="right", no_wrap=True)
+    for name, one in everyone.items():
         cells = [title(name), _seconds(one["step_s"]["median"])]
-        cells += [_ratio(one["ratio"][base]) for base in bases]
+        cells += [f"{one['ratio'][base]['median']:.2f}" for base in bases]
         cells += [f"{one['memory']['bytes_per_parameter']:.1f}" if "memory" in one else ""]
-        cells += [_volume(work, one["bytes"].get("wire")), _volume(work, one["bytes"].get("ledger"))]
-        if "delay" in one and one["delay"]["hidden"] is not None:
-            cells.append(f"{one['delay']['hidden']:.0%}")
+        cells += [_volume(work, one["bytes"].get("wire" if wired else "ledger"))]
+        if delayed:
+            cells += [f"{one['delay']['hidden']:.0%}" if "delay" in one else ""]
         built.add_row(*cells)
     return built
 
@@ -54,10 +58,6 @@ def targets(report: Mapping[str, Any]) -> list[str]:
         f"{one['value']:.2f}, target at most {one['at_most']:g}"
         for one in report["targets"]
     ]
-
-
-def _ratio(ratio: Mapping[str, float]) -> str:
-    return f"{ratio['median']:.2f} ({ratio['least']:.2f}–{ratio['greatest']:.2f})"
 
 
 def _seconds(seconds: float) -> str:
