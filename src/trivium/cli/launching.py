@@ -28,7 +28,8 @@ from trivium.base.log import get
 from trivium.dist.launch import read_world
 
 _NOISE = re.compile(
-    rb"\[Gloo\] |\*{20}|Setting OMP_NUM_THREADS |[WI]\d{4} .*torch/distributed/|\[?rank\d+\]:\[[WI]\d{4}|\[[WI]\d{3,4} "
+    rb"\[Gloo\] |USDT:|\*{20}|Setting OMP_NUM_THREADS |"
+    rb"[WI]\d{4} .*torch/distributed/|\[?rank\d+\]:\[[WI]\d{4}|\[[WI]\d{3,4} "
 )
 _ENDING = re.compile(rb"E\d{4} .*torch/distributed/(elastic|run)")
 

@@ -119,6 +119,7 @@ def _answer(settings: TrainConfig, outcome: Outcome, ranks: int) -> dict[str, An
         "checkpoint": None if outcome.checkpoint is None else str(outcome.checkpoint),
         "report": None if outcome.report is None else str(outcome.report),
         "planned": {row.name: {"planned": row.planned, "measured": row.measured} for row in outcome.planned},
+        "sha256": outcome.digest,
         "signal": outcome.signal,
     }
 
@@ -139,6 +140,8 @@ def _tell(answer: dict[str, Any], as_json: bool) -> None:
     if answer["unigram"] is not None:
         told += f" (by counting alone: unigram {answer['unigram']:.3f}, bigram {answer['bigram']:.3f})"
     console.print(told)
+    if answer["sha256"]:
+        console.print(f"SHA-256 of the weights: {answer['sha256']}")
     for name, share in answer["scores"].items():
         console.print(f"{name}: {share:.1%} of held-out inputs answered exactly")
     for prompt, text in answer["samples"]:

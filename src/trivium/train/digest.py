@@ -17,6 +17,7 @@ def weights_sha256(model: nn.Module) -> str:
     """
     lines = []
     for name, tensor in zero.iter_full(model):
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        lines.append(f"{name} {hashlib.sha256(data).hexdigest()}\n")
+        # A copy: storage that numpy has seen can never be released again.
+        data = tensor.detach().to("cpu", copy=True).contiguous().reshape(-1).view(torch.uint8).numpy()
+        lines.append(f"{name} {hashlib.sha256(data.data).hexdigest()}\n")
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()

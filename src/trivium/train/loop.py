@@ -29,6 +29,7 @@ from trivium.train import evaluate, saving, tasks
 from trivium.train.build import Parts, Text, assemble, check_corpus, lead, read_text
 from trivium.train.config import TrainConfig
 from trivium.train.data import Baseline, baseline
+from trivium.train.digest import weights_sha256
 from trivium.train.metrics import AllocatorPeak, Recorder, Writer, measured_peak_flops, process_memory
 from trivium.train.nonfinite import Policy
 from trivium.train.progress import Display
@@ -62,12 +63,21 @@ class Outcome:
     samples: tuple[tuple[str, str], ...]
     rows: tuple[dict[str, Any], ...]
     planned: tuple[Planned, ...]
+    digest: str | None
     report: Path | None
 
 
-def train(config: TrainConfig, mesh: Mesh, *, terminal: bool | None = None, plan: PlanBeside | None = None) -> Outcome:
+def train(
+    config: TrainConfig,
+    mesh: Mesh,
+    *,
+    terminal: bool | None = None,
+    plan: PlanBeside | None = None,
+    writers: Sequence[Writer] = (),
+) -> Outcome:
     """Run ``config`` on ``mesh``. Collective. ``terminal``: whether progress is live (None: if stderr is one).
     ``plan`` puts a forecast beside what was measured; it stands a floor above and is therefore given.
+    ``writers`` see every row of metrics as it is written, on rank 0.
 
     Raises ConfigError, DataError, CheckpointError, NonFiniteError; SIGTERM and Ctrl-C end it after the step, saved.
     """
@@ -76,11 +86,11 @@ def train(config: TrainConfig, mesh: Mesh, *, terminal: bool | None = None, plan
         torch.set_num_threads(config.train.threads)
     with contextlib.ExitStack() as stack:
         lead(mesh, "opening the run's folder", lambda: _open_folder(config, stack))
-        writers = lead(mesh, "opening writers", lambda: open_writers(config)) or ()
+        extras = lead(mesh, "opening writers", lambda: open_writers(config)) or ()
         text = read_text(config, mesh)
         check_corpus(text, config)
         lead(mesh, "saving the tokenizer", lambda: text.tokenizer.save(config.folder))
-        run = _Run(config, mesh, text, writers, plan)
+        run = _Run(config, mesh, text, (*extras, *writers), plan)
         stack.callback(run.recorder.close)
         with signals() as stop:
             return run.go(stop, terminal)
@@ -144,6 +154,7 @@ class _Run:
             "end", step=last, signal=signal, scores=scores, samples=samples, skipped=self.progress.skipped
         )
         planned = self._beside_plan()
+        digest = weights_sha256(self.parts.model) if self.config.report.digest and not signal else None
         report: Path | None = None
         if self.leads and self.config.report.html and not signal:
             report = write_report(self.config.folder, self.recorder.rows, planned)
@@ -161,6 +172,7 @@ class _Run:
             samples=samples,
             rows=tuple(self.recorder.rows),
             planned=planned,
+            digest=digest,
             report=report,
         )
 

@@ -6,13 +6,14 @@ Rows: ``start``, ``step``, ``validation``, ``end``; every number finite or null.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -125,6 +126,21 @@ def _proportional() -> int | None:
     return None
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Native code's words on file descriptor 2 are dropped inside the block."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    silent = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(silent, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(silent)
+
+
 class AllocatorPeak:
     """The most bytes that torch's allocator gave out inside the block, above what was out when it began: ``num_bytes``.
 
@@ -145,7 +161,8 @@ class AllocatorPeak:
         else:
             activities = [torch.profiler.ProfilerActivity.CPU]
             self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
-            self._profile.__enter__()
+            with _quiet():
+                self._profile.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -153,7 +170,8 @@ class AllocatorPeak:
         if self._profile is None:
             self.num_bytes = torch.cuda.max_memory_allocated(self._device) - self._before
             return
-        self._profile.__exit__(*error)
+        with _quiet():
+            self._profile.__exit__(*error)
         events = self._profile.profiler.kineto_results.events()
         live = 0
         for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
