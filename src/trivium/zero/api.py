@@ -324,20 +324,26 @@ def _attach(model: nn.Module, engine: Engine) -> None:
                 continue
             flat, piece = pieces[id(param)]
             entry = Entry(
-                names=(name,), shape=param.shape, dtype=param.dtype, piece=piece, writes=flat.comms.across.rank == 0
+                names=(name,),
+                shape=param.shape,
+                dtype=param.dtype,
+                piece=piece,
+                writes=flat.comms.across.rank == 0 and (flat.row.optimizer or flat.comm.rank == 0),
             )
             by_id[id(param)] = entries[name] = entry
         attach_shard_map(module, ZeroMap(entries=entries, publish=publish, engine=engine))
 
 
 def _piece(flat: Flat, index: int) -> Piece | None:
-    """What this rank answers for of one parameter: its segment; where the optimizer is replicated, still only its
-    shard of it."""
-    overlap = flat.layout.overlap(index, flat.comm.rank)
+    """What this rank holds of one parameter's most precise copy: its segment, all of it where the optimizer is
+    replicated."""
     segment = flat.segments[index]
-    if overlap is None or segment is None:
+    if segment is None:
         return None
-    return Piece(start=overlap.start if flat.row.optimizer else 0, tensor=segment)
+    if not flat.row.optimizer:
+        return Piece(start=0, tensor=segment)
+    overlap = flat.layout.overlap(index, flat.comm.rank)
+    return None if overlap is None else Piece(start=overlap.start, tensor=segment)
 
 
 def _publisher(engine: Engine) -> Callable[[], None]:
