@@ -54,8 +54,7 @@ class Flat:
     ``whole`` [numel] and ``shard`` [shard_numel] have the parameters' dtype; ``master`` is the fp32 copy the
     optimizer updates, the
     very same memory where the parameters are fp32 already. ``segments[i]`` is what the optimizer sees of parameter i
-    (None:
-    nothing of it is here). ``gradient`` appears with the first backward.
+    (None: nothing of it is here): 1-D, or shaped like it where it is whole by rule (0-dim ones are). ``gradient`` appears with the first backward.
     """
 
     def __init__(
@@ -244,9 +243,8 @@ class Flat:
                 segments.append(None)
                 continue
             data = self.master[start : start + length]
-            segments.append(
-                nn.Parameter(data.view(shape) if self.whole_parameters else data, requires_grad=self.trainable)
-            )
+            shaped = data.view(shape) if self.whole_parameters or not shape else data
+            segments.append(nn.Parameter(shaped, requires_grad=self.trainable))
         self.segments = tuple(segments)
 
     def _parameter_memory(self) -> torch.Tensor:
