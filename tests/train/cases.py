@@ -41,7 +41,9 @@ def table(folder: Path, **changed: Any) -> dict[str, Any]:
             "cache": str(folder / "cache"),
         },
         "schedule": {"warmup_steps": 2},
-        "train": {"steps": 4, "micro_batch": 2, "batch": 8, "validate_every": 2, "validation_batches": 3, "log_every": 2},
+        "train": {
+            "steps": 4, "micro_batch": 2, "batch": 8, "validate_every": 2, "validation_batches": 3, "log_every": 2,
+        },
         "checkpoint": {"every": 2},
         "report": {"html": False},
     }  # fmt: skip

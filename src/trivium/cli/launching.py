@@ -32,6 +32,7 @@ _NOISE = re.compile(
     rb"[WI]\d{4} .*torch/distributed/|\[?rank\d+\]:\[[WI]\d{4}|\[[WI]\d{3,4} "
 )
 _ENDING = re.compile(rb"E\d{4} .*torch/distributed/(elastic|run)")
+_KILLED = re.compile(rb"rank +: (\d+) [^\n]*\n *exitcode +: -(\d+) ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,12 +168,13 @@ def _conclude(returned: int, notes: Sequence[Note], words: _Words, ranks: int, s
         return cause.code, answer
     if sent:
         return 128 + sent, answer
-    if silent:
-        who = ", ".join(map(str, silent))
-        get().error(
-            "rank %s ended without a word (killed, or out of memory?); the other ranks' errors follow from it", who
-        )
-    words.show_ending()
+    signals = words.signals()
+    for rank in silent:
+        how = f"killed by signal {signals[rank]}" if rank in signals else "without a word"
+        why = "; signal 9 is often the kernel's, when memory runs out" if signals.get(rank) == 9 else ""
+        get().error("the cause was rank %d, which ended %s%s", rank, how, why)
+    if not set(silent) <= set(signals) or not silent:
+        words.show_ending()
     return 1, answer
 
 
@@ -204,6 +206,10 @@ class _Words:
     def _put(self, data: bytes) -> None:
         sys.stderr.buffer.write(data)
         sys.stderr.buffer.flush()
+
+    def signals(self) -> dict[int, int]:
+        """Rank → the signal it was killed by, as torchrun's post-mortem has it."""
+        return {int(rank): int(number) for rank, number in _KILLED.findall(b"".join(self.ending))}
 
     def show_ending(self) -> None:
         """Write torchrun's post-mortem."""

@@ -130,7 +130,10 @@ def _tell(answer: dict[str, Any], as_json: bool) -> None:
         return
     console = word_console()
     if answer["signal"]:
-        console.print(f"stopped after step {answer['steps']}; the same command goes on from {answer['checkpoint']}")
+        console.print(
+            f"stopped after step {answer['steps']}; the same command goes on from {answer['checkpoint']}",
+            soft_wrap=True,
+        )
         return
     told = f"{answer['steps']} steps"
     if answer["loss"] is not None:
@@ -139,18 +142,20 @@ def _tell(answer: dict[str, Any], as_json: bool) -> None:
         told += f", validation {answer['validation']:.4f} nats"
     if answer["unigram"] is not None:
         told += f" (by counting alone: unigram {answer['unigram']:.3f}, bigram {answer['bigram']:.3f})"
-    console.print(told)
+    console.print(told, soft_wrap=True)
     if answer["sha256"]:
-        console.print(f"SHA-256 of the weights: {answer['sha256']}")
+        console.print(f"SHA-256 of the weights: {answer['sha256']}", soft_wrap=True)
     for name, share in answer["scores"].items():
-        console.print(f"{name}: {share:.1%} of held-out inputs answered exactly")
+        console.print(f"{name}: {share:.1%} of held-out inputs answered exactly", soft_wrap=True)
     for prompt, text in answer["samples"]:
-        console.print(f"{prompt!r} → {text!r}")
+        console.print(f"{prompt!r} → {text!r}", soft_wrap=True)
     if answer["planned"]:
-        console.print(f"{'rank 0':<12}{'plan':>14}{'measured':>14}")
+        console.print(f"{'rank 0':<12}{'plan':>14}{'measured':>14}", soft_wrap=True)
     for name, row in answer["planned"].items():
         off = "exact" if row["planned"] == row["measured"] else f"{row['measured'] / max(row['planned'], 1) - 1:+.1%}"
-        console.print(f"{name:<12}{format_bytes(row['planned']):>14}{format_bytes(row['measured']):>14}{off:>10}")
+        console.print(
+            f"{name:<12}{format_bytes(row['planned']):>14}{format_bytes(row['measured']):>14}{off:>10}", soft_wrap=True
+        )
     for key in ("checkpoint", "report"):
         if answer[key]:
-            console.print(f"{key}: {answer[key]}")
+            console.print(f"{key}: {answer[key]}", soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -15,8 +16,13 @@ def weights_sha256(model: nn.Module) -> str:
 
     ``model`` is sharded; one unit at a time is gathered.
     """
+    return sha256_of(zero.iter_full(model))
+
+
+def sha256_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The same hash of (canonical name, whole tensor) pairs in any order, such as a bare module's."""
     lines = []
-    for name, tensor in zero.iter_full(model):
+    for name, tensor in tensors:
         # A copy: storage that numpy has seen can never be released again.
         data = tensor.detach().to("cpu", copy=True).contiguous().reshape(-1).view(torch.uint8).numpy()
         lines.append(f"{name} {hashlib.sha256(data.data).hexdigest()}\n")

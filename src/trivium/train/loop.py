@@ -131,6 +131,8 @@ class _Run:
         steps = self.config.train.steps
         self._start()
         signal = 0
+        if self.leads and self.progress.step >= steps:
+            log.get().info("all %d steps are done already; raise train.steps to go on", self.progress.step)
         display = Display(
             steps=steps,
             done=self.progress.step,
@@ -181,7 +183,7 @@ class _Run:
         settings = self.config.train
         waited, begun = self.mesh.link.waited_s, time.perf_counter()
         with self.mesh.ledger() as sent, self._watch():
-            result = self.stepper.step(self.progress.step, stop.wish)
+            result = self.stepper.step(self.progress.step, lambda: stop.wish)
         seconds = time.perf_counter() - begun
         counted = self.policy.see(result)
         self.progress = Progress(

@@ -21,8 +21,9 @@ from trivium.train.config import TrainConfig
 from trivium.zero.api import engine_of
 
 # What another value of would make the saved states meaningless or the data another; the rest may change, and is told.
+# Whether paths lead to the same text is for the loader to say, which knows the text's hash.
 _FIXED = ("model.", "tasks.", "data.", "train.micro_batch", "train.seed", "optimizer.betas")
-_FREE = ("data.cache", "model.from", "model.preset", "data.limit_bytes")
+_FREE = ("model.from", "model.preset", "data.cache", "data.paths", "data.format", "data.limit_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)

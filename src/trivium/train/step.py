@@ -59,8 +59,11 @@ class Stepper:
         full = config.data.sequence * config.train.micro_batch * self.accumulation * control.size
         self._shift = 2.0 ** -int(math.log2(full))
 
-    def step(self, step: int, wish: int = 0) -> StepResult:
-        """Step number ``step``, from 0. A step with a non-finite gradient changes no weight."""
+    def step(self, step: int, wish: Callable[[], int] = int) -> StepResult:
+        """Step number ``step``, from 0. A step with a non-finite gradient changes no weight.
+
+        ``wish`` is asked when backward is done: a signal that came during the step counts for it.
+        """
         parts = self.parts
         self.batches = []
         losses = []
@@ -69,7 +72,7 @@ class Stepper:
             batch = next(parts.loader).to(self.device)
             self.batches.append(batch)
             losses.append(self.backward(batch, step))
-        rows = self.control.agree([wish, sum(batch.num_tokens for batch in self.batches), *map(_to_int, losses)])
+        rows = self.control.agree([wish(), sum(batch.num_tokens for batch in self.batches), *map(_to_int, losses)])
         tokens = sum(row[1] for row in rows)
         ordered = tuple(_to_float(row[2 + index]) for index in range(self.accumulation) for row in rows)
         ratio = factor(self.config.schedule, step, self.config.train.steps)
