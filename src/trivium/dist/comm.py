@@ -139,7 +139,8 @@ class Comm:
     def exchange(self, received_Nc: torch.Tensor, send_Nc: torch.Tensor, phase: str) -> Handle:
         """Start sending row r of ``send_Nc`` to rank r; row r of ``received_Nc`` comes from rank r.
 
-        This rank's own row stays where it is, in ``send_Nc``: it is not copied to ``received_Nc``.
+        This rank's own row stays where it is, in ``send_Nc``: it is not copied to ``received_Nc``. Where ``sends_rows``
+        the rows of ``send_Nc`` may lie apart.
         """
         if self.size == 1:
             return self._done()
@@ -247,6 +248,11 @@ class Comm:
 
     def _count(self, collective: str, phase: str, num_bytes: int) -> None:
         self.link.books.record(collective, self.axis, phase, num_bytes)
+
+    @property
+    def sends_rows(self) -> bool:
+        """Whether `exchange` sends each row on its own, so that rows may lie apart."""
+        return self._direct or self.size == 1
 
     @property
     def _direct(self) -> bool:

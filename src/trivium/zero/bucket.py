@@ -17,10 +17,16 @@ gradients accumulate.
 A piece of which a peer has not begun its side never ends. So pieces are queued, and waited for (`drive`) only where
 every rank is known to have queued the same flats; elsewhere what fits the buffers is sent and the rest stays queued
 (`offer`).
+
+[Note: one pass while it is warm]
+A piece is added up, divided and looked through for what is not finite when it lands, while the cache holds it. Where
+gradients are replicated (stages 0 and 1), rows are sent straight from the flat's own gradient buffer and added up in
+place.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,6 +50,7 @@ class _Flight:
     flat: Flat
     start: int
     rows: tuple[torch.Tensor, ...]
+    in_place: bool
 
 
 @dataclass(kw_only=True)
@@ -68,6 +75,7 @@ class Reducer:
         self._flights: deque[_Flight] = deque()
         self._jobs: deque[_Job] = deque()
         self._num_driven = 0
+        self.finite = True
         sizes = [(flat.comms.world.size, flat.layout.part_numel, flat.dtype.itemsize) for flat in flats]
         self._slot_bytes = max((slot_bytes(*size, config.bucket_bytes) for size in sizes), default=0)
         self._num_slots = max((slot_copies(size[0]) for size in sizes), default=0)
@@ -136,8 +144,9 @@ class Reducer:
             self._send_next()
 
     def begin_pass(self) -> None:
-        """Count queued flats from zero."""
+        """Count queued flats from zero; nothing that is not finite was seen yet (``finite``)."""
         self._num_driven = 0
+        self.finite = True
 
     def finish(self) -> None:
         """Send and fold everything queued. Collective."""
@@ -157,8 +166,7 @@ class Reducer:
         total = self._sums.get(id(flat))
         if total is not None:
             part.copy_(total)
-        if self._config.average and flat.comms.world.size > 1:
-            part.div_(flat.comms.world.size)
+            self._average(flat, part)
         if flat.comms.across.size > 1:
             flat.comms.across.all_gather(flat.own_gradient(), part, "backward").wait()
         if not flat.row.optimizer:
@@ -178,16 +186,26 @@ class Reducer:
         flat, (start, length), world = job.flat, piece, job.flat.comms.world
         native = (self._config.reduce if self._config.reduce != "auto" else world.default_reduce) == "native"
         send_Nc, received_Nc = self._slot(flat, length)
-        for rank in range(world.size):
-            begin = flat.comms.part_of(rank) * flat.layout.part_numel + start
-            _stage(send_Nc[rank], flat, begin, job.gradients)
+        in_place = self._sends_in_place(flat, native)
+        if in_place:
+            send_Nc = flat.gradient_memory(flat.dtype).view(world.size, -1)[:, start : start + length]
+        else:
+            for rank in range(world.size):
+                begin = flat.comms.part_of(rank) * flat.layout.part_numel + start
+                _stage(send_Nc[rank], flat, begin, job.gradients)
         if native:
             handle = world.reduce_scatter(received_Nc[0], send_Nc, "backward")
             rows: tuple[torch.Tensor, ...] = (received_Nc[0],)
         else:
             handle = world.exchange(received_Nc, send_Nc, "backward")
             rows = (*received_Nc[: world.rank], send_Nc[world.rank], *received_Nc[world.rank + 1 :])
-        self._flights.append(_Flight(handle=handle, flat=flat, start=start, rows=rows))
+        self._flights.append(_Flight(handle=handle, flat=flat, start=start, rows=rows, in_place=in_place))
+
+    def _sends_in_place(self, flat: Flat, native: bool) -> bool:
+        """Whether rows are sent from the flat's own gradient buffer: it holds all of it, in the order of ranks."""
+        if flat.row.gradient or native or flat.comms.across.size > 1 or not flat.comms.world.sends_rows:
+            return False
+        return self.gradient_dtype(flat) == flat.dtype
 
     def _slot(self, flat: Flat, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Send and receive rows for one piece, in the buffers that no piece under way uses."""
@@ -212,27 +230,47 @@ class Reducer:
         rows, afresh = flight.rows, id(flat) not in self._continues
         target = (flat.own_part() if total is None else total)[flight.start : flight.start + rows[0].numel()]
         if target.dtype == flat.dtype and (not flat.low_precision or self._config.reduce_dtype == "parameter"):
-            _fold(target, rows, afresh=afresh)
-            return
-        wide = target.float()
-        _fold(wide, rows, afresh=afresh)
-        target.copy_(wide)
+            _fold(target, rows, afresh=afresh, own=flat.comms.world.rank if flight.in_place and total is None else 0)
+        else:
+            wide = target.float()
+            _fold(wide, rows, afresh=afresh, own=0)
+            target.copy_(wide)
+        if total is None:
+            self._average(flat, target)
+        self.finite = self.finite and _is_finite(target)
+
+    def _average(self, flat: Flat, part: torch.Tensor) -> None:
+        if self._config.average and flat.comms.world.size > 1:
+            part.div_(flat.comms.world.size)
 
     def _sum_dtype(self, flat: Flat) -> torch.dtype:
         return self.gradient_dtype(flat)
 
 
-def _fold(target: torch.Tensor, rows: Sequence[torch.Tensor], *, afresh: bool) -> None:
-    """Add the rows to ``target`` one after another, in rank order; ``afresh`` starts from the first."""
-    rest = rows
-    if afresh and len(rows) > 1 and rows[0].dtype == target.dtype:
-        torch.add(rows[0], rows[1], out=target)
-        rest = rows[2:]
-    elif afresh:
+def _fold(target: torch.Tensor, rows: Sequence[torch.Tensor], *, afresh: bool, own: int) -> None:
+    """Add the rows to ``target`` one after another, in rank order; ``afresh`` starts from the first.
+
+    ``target`` may be the very memory of ``rows[own]``: until that one is added, the sum is kept in the first row.
+    """
+    if not afresh:
+        for row in rows:
+            target.add_(row)
+    elif len(rows) > 1 and rows[0].dtype == target.dtype:
+        total = rows[0]
+        for rank, row in enumerate(rows[1:], start=1):
+            total = torch.add(total, row, out=target if rank >= own else rows[0])
+    else:
         target.copy_(rows[0])
-        rest = rows[1:]
-    for row in rest:
-        target.add_(row)
+        for row in rows[1:]:
+            target.add_(row)
+
+
+def _is_finite(part: torch.Tensor) -> bool:
+    """Whether all elements are. A sum that is finite says so at once; one that is not may have overflowed."""
+    if part.numel() == 0 or math.isfinite(part.sum(dtype=torch.float32)):
+        return True
+    low, high = torch.aminmax(part)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _stage(row: torch.Tensor, flat: Flat, begin: int, gradients: Gradients) -> None:

@@ -73,7 +73,7 @@ class Engine:
         self._number = {id(flat): number for number, flat in enumerate(self.trainable)}
         self._unit_of = {id(flat): unit for unit in self.units for flat in unit.flats}
         self._in_backward = False
-        self._waits = False
+        self._waits = self._with_gradient = False
         self._nested: set[int] = set()
         self._backward_id = -1
         self._deferred = False
@@ -94,13 +94,15 @@ class Engine:
                     f"{flat.names[0]} was frozen when the model was sharded and requires a gradient now: "
                     "set requires_grad before calling shard"
                 )
-        self.conductor.begin(Meeting.FORWARD, "forward with gradient" if torch.is_grad_enabled() else "forward")
+        self._with_gradient = torch.is_grad_enabled()
+        self.conductor.begin(Meeting.FORWARD, "forward with gradient" if self._with_gradient else "forward")
 
     def end_forward(self) -> None:
         """The root module has run."""
         if self.recomputing:
             return
         self.conductor.end()
+        self._with_gradient = False
         if not torch.is_grad_enabled():
             self.release(keep=False)
 
@@ -113,9 +115,12 @@ class Engine:
         """``unit`` is about to run."""
         self.conductor.need(unit)
 
-    def leave(self, unit: Unit) -> None:
-        """``unit`` has run."""
-        if self.recomputing or (torch.is_grad_enabled() and (unit.keep or self.config.keep_gathered)):
+    def leave(self, unit: Unit, *, hooked: bool) -> None:
+        """``unit`` has run. Unless ``hooked``, its backward will not be announced: it stays gathered until it is over."""
+        if self.recomputing:
+            return
+        with_gradient = self._with_gradient or torch.is_grad_enabled()
+        if with_gradient and (not hooked or unit.keep or self.config.keep_gathered):
             return
         unit.release()
         self.conductor.top_up()
@@ -357,8 +362,7 @@ class Engine:
         for handle in handles:
             if handle is not None:
                 handle.wait()
-        finite = all(_is_finite(flat.own_part()) for flat, indices in zip(self.trainable, used, strict=True) if indices)
-        self.finite = self.control.all_reduce_ints([int(not finite)], "max")[0] == 0 and self.finite
+        self.finite = self.control.all_reduce_ints([int(not self.reducer.finite)], "max")[0] == 0 and self.finite
         for number, (flat, indices) in enumerate(zip(self.trainable, used, strict=True)):
             if indices:
                 self._used.setdefault(number, set()).update(indices)
@@ -405,10 +409,3 @@ def _packed(bits: Sequence[bool]) -> list[int]:
         sum(bit << place for place, bit in enumerate(bits[start : start + _WORD]))
         for start in range(0, len(bits), _WORD)
     ]
-
-
-def _is_finite(part: torch.Tensor) -> bool:
-    if part.numel() == 0:
-        return True
-    low, high = torch.aminmax(part)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
