@@ -107,7 +107,7 @@ class _Demo:
         config = json.loads(self._files["same"].read_text())
         self._head(
             "2",
-            f"The same hash: {config['train']['steps']} steps on Python's source at every stage, and with plain torch",
+            f"The same hash: {config['train']['steps']} steps at every stage, and with plain torch",
         )
         rows_path = self.folder / "same.jsonl"
         rows: list[dict[str, Any]] = []
@@ -117,7 +117,7 @@ class _Demo:
             rows.append(row)
             sent, paper = _volume(row["sent_bytes"], count), 3 if row["name"] == "stage 3" else 2
             told = f"sent {sent:.2f} of {paper} Ψ" if sent else ""
-            self.console.print(f"  {row['name']:<12}{row['sha256'][:32]}…  {told:<16}{row['seconds']:5.1f} s")
+            self.console.print(f"  {row['name']:<12}{row['sha256'][:40]}…  {told:<16}{row['seconds']:4.1f}s")
 
         with _followed(rows_path, show):
             code, _ = launching.launch("demo", ["--folder", str(self.folder)], demo_runs.RANKS)
@@ -125,7 +125,7 @@ class _Demo:
             raise TriviumError(f"the runs of part 2 failed with exit code {code}")
         hashes = {row["sha256"] for row in rows}
         self._hash = rows[0]["sha256"]
-        self._promise(len(rows) == 5 and len(hashes) == 1, f"{len(rows)} runs, {len(hashes)} SHA-256: {self._hash}")
+        self._promise(len(rows) == 5 and len(hashes) == 1, f"{len(rows)} runs, {len(hashes)} SHA-256")
 
     def killed(self) -> None:
         """The same run killed while it saves, and resumed on another number of ranks."""
@@ -136,7 +136,7 @@ class _Demo:
         self.console.print(told)
         resumed = self._train("same", 1, *sets, "--resume", "must", quiet=True)
         answer = _answer(resumed)
-        self.console.print(f"  resumed on 1 rank from step {KILLED_AT - SAVED_EVERY}:  {answer['sha256'][:32]}…")
+        self.console.print(f"  resumed on 1 rank from step {KILLED_AT - SAVED_EVERY}: {answer['sha256'][:40]}…")
         kept = killed.returncode != 0 and answer["sha256"] == self._hash
         self._promise(kept, "killed while saving, resumed on another number of ranks: the same hash")
 
@@ -270,9 +270,9 @@ def _mib(num_bytes: int) -> str:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2), pad_edge=True)
+    table = Table(box=None, padding=(0, 1), pad_edge=True)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     return table
 
 
