@@ -116,7 +116,7 @@ class Engine:
         self.conductor.need(unit)
 
     def leave(self, unit: Unit, *, hooked: bool) -> None:
-        """``unit`` has run. Unless ``hooked``, its backward will not be announced: it stays gathered until it is over."""
+        """``unit`` has run. Unless ``hooked``, nothing announces its backward: it stays gathered meanwhile."""
         if self.recomputing:
             return
         with_gradient = self._with_gradient or torch.is_grad_enabled()
@@ -295,6 +295,8 @@ class Engine:
                 elif param not in unit.arrived:
                     flat.gradient_views[index].fill_(-0.0)
         self.reducer.reduce(flat, gradients)
+        if self._in_backward:  # gradients that only an earlier pass under no_sync left count as used
+            unit.arrived.update(p for p, gradient in zip(flat.params, gradients, strict=True) if gradient is not None)
         for param in flat.params:
             param.grad = None
         self._launched += 1
