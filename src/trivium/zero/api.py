@@ -23,6 +23,7 @@ from trivium.base.errors import ConfigError, MismatchError
 from trivium.dist.mesh import Mesh
 from trivium.dist.shard import Entry, Piece, ShardMap, attach_shard_map, shard_map_of
 from trivium.memory.meter import Meter
+from trivium.memory.pages import recycled_pages
 from trivium.zero.conductor import Meeting
 from trivium.zero.engine import Engine
 from trivium.zero.flat import Comms, Flat
@@ -275,6 +276,7 @@ def _build(
 ) -> list[Unit]:
     parameters = dict(model.named_parameters())
     keep = shared_units(model, specs)
+    pages = recycled_pages(mesh.device)
     units = []
     for number, spec in enumerate(specs):
         flats = []
@@ -288,7 +290,7 @@ def _build(
             layout = lay_out(
                 [p.numel() for p in params], comms.inside.size, key.dtype.itemsize, key.cut, comms.across.size
             )
-            flat = Flat(params, names, layout, config.row, comms, key.optimizer, key.cut == "parameter", meter)
+            flat = Flat(params, names, layout, config.row, comms, key.optimizer, key.cut == "parameter", meter, pages)
             fill_flat(model, flat, init, seed, replaced)
             flats.append(flat)
         units.append(Unit(number, spec.name, spec.module, flats, spec.name in keep))

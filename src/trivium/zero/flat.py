@@ -8,7 +8,8 @@ storage, backward
 would read the old one. So a flat has one storage for life: releasing resizes it to nothing, gathering fills the very
 same
 storage through an alias that shares no version counter with the parameters. A released parameter points to a single
-NaN expanded to its shape: reading it by accident gives NaN, never stale values and never a crash.
+NaN expanded to its shape: reading it by accident gives NaN, never stale values and never a crash. On the CPU under Linux
+the storage keeps its size and lends its pages instead: memory/pages [Note: recycled pages].
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import nn
 from trivium.base.errors import TriviumError
 from trivium.dist.comm import Comm, Handle
 from trivium.memory.meter import Meter
+from trivium.memory.pages import Pages
 from trivium.zero.placement import Layout, Row
 
 
@@ -51,10 +53,10 @@ class Comms:
 class Flat:
     """Parameters of one dtype, placement and optimizer, laid out end to end and cut into shards.
 
-    ``whole`` [numel] and ``shard`` [shard_numel] have the parameters' dtype; ``master`` is the fp32 copy the
-    optimizer updates, the
-    very same memory where the parameters are fp32 already. ``segments[i]`` is what the optimizer sees of parameter i
-    (None: nothing of it is here): 1-D, or shaped like it where it is whole by rule (0-dim ones are). ``gradient`` appears with the first backward.
+    ``whole`` [numel] and ``shard`` [shard_numel] have the parameters' dtype; ``master`` is the fp32 copy that the
+    optimizer updates, the very same memory where the parameters are fp32 already. ``segments[i]`` is what the optimizer
+    sees of parameter i (None: nothing of it is here): 1-D, or shaped like it where it is whole by rule (0-dim ones
+    are). ``gradient`` appears with the first backward.
     """
 
     def __init__(
@@ -67,10 +69,12 @@ class Flat:
         optimizer: int | None,
         whole_parameters: bool,
         meter: Meter,
+        pages: Pages | None = None,
     ) -> None:
         self.params, self.names = tuple(params), tuple(names)
         self.layout, self.row, self.comms, self.comm = layout, row, comms, comms.inside
         self.optimizer, self.whole_parameters, self.meter = optimizer, whole_parameters, meter
+        self._pages = pages if row.parameter else None
         self.dtype, self.device = params[0].dtype, params[0].device
         self.shapes = tuple(p.shape for p in params)
         self.spans = tuple(sorted((offset, index) for index, offset in enumerate(layout.offsets)))
@@ -120,7 +124,10 @@ class Flat:
         if self.state is State.GATHERING:
             raise TriviumError(f"{self.names[0]}: gathered twice at once")
         if self.state is State.SHARDED:
-            self._storage.resize_(self.whole_bytes)
+            if self._pages is None:
+                self._storage.resize_(self.whole_bytes)
+            else:
+                self._pages.fill(self._region)
             self.meter.add("gathered", self.whole_bytes)
         self._handle = self.comm.all_gather(self._alias, self.shard, phase)
         self.state = State.GATHERING
@@ -141,7 +148,10 @@ class Flat:
             return
         self.finish_gather()
         self._point(self.nan_views)
-        self._storage.resize_(0)
+        if self._pages is None:
+            self._storage.resize_(0)
+        else:
+            self._pages.park(self._region)
         self.meter.add("gathered", -self.whole_bytes)
         self.state = State.SHARDED
 
@@ -199,6 +209,18 @@ class Flat:
         return self.own_gradient()[overlap.at : overlap.at + overlap.length].view(segment.shape)
 
     def _allocate(self, materialise: bool = True) -> None:
+        if self._pages is not None and self.whole_bytes:
+            self._region = self._pages.region(self.whole_bytes)
+            self.whole = self._region.memory.view(self.dtype)
+            self._storage = self.whole.untyped_storage()
+            self._alias = torch.empty(0, dtype=self.dtype, device=self.device)
+            self._alias.set_(self._storage, 0, (self.layout.numel,))  # type: ignore[call-overload]
+            self.views = self._views_of(self._alias)
+            if materialise:
+                self._pages.fill(self._region)
+                self.whole.zero_()
+            return
+        self._pages = None
         self.whole = torch.zeros(self.layout.numel if materialise else 0, dtype=self.dtype, device=self.device)
         self._storage = self.whole.untyped_storage()
         if not materialise:

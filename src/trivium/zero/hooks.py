@@ -5,8 +5,9 @@ ZeRO section 5.3 and 7.2.2. Invisible to torch.compile: each hook is a graph bre
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from types import NoneType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils import _pytree
 
+from trivium.base.errors import ConfigError
 from trivium.zero.engine import Engine
 from trivium.zero.unit import Unit
 
@@ -26,12 +28,19 @@ def install(engine: Engine) -> None:
         before: Callable[..., None] = torch.compiler.disable(partial(_before, engine, unit, is_root))  # type: ignore[no-untyped-call]
         after: Callable[..., None] = torch.compiler.disable(partial(_after, engine, unit, is_root))  # type: ignore[no-untyped-call]
         module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-        module.register_forward_hook(after, with_kwargs=False)
+        module.register_forward_hook(after, with_kwargs=True)
         for flat in unit.flats:
             if flat.trainable:
                 for index, param in enumerate(flat.params):
                     arrive = partial(_arrive, engine, unit, flat, index)
                     param.register_post_accumulate_grad_hook(torch.compiler.disable(arrive))  # type: ignore[no-untyped-call]
+
+    homes = {id(param): unit for unit in engine.units for flat in unit.flats for param in flat.params}
+    for module in root.module.modules():
+        own = [homes[id(param)] for param in module._parameters.values() if param is not None]
+        if own:
+            module.register_state_dict_pre_hook(partial(_refuse_reading, own))  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_pre_hook(partial(_refuse_writing, own))  # type: ignore[no-untyped-call]
 
 
 def _before(engine: Engine, unit: Unit, is_root: bool, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -45,15 +54,17 @@ def _before(engine: Engine, unit: Unit, is_root: bool, module: nn.Module, args: 
             register_multi_grad_hook(inputs, lambda grads: engine.pass_inputs(unit))
 
 
-def _after(engine: Engine, unit: Unit, is_root: bool, module: nn.Module, args: Any, output: Any) -> None:
+def _after(engine: Engine, unit: Unit, is_root: bool, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    hooked = True
     if torch.is_grad_enabled():
         outputs = _differentiable(output)
+        hooked = bool(outputs) or not (unit.trainable or _differentiable((args, kwargs)))
         if outputs:
             register_multi_grad_hook(outputs, lambda grad: engine.enter_backward(unit), mode="any")
             if is_root and engine.scale.value != 1.0 and not engine.recomputing:
                 for tensor in outputs:
                     tensor.register_hook(lambda grad: grad * engine.scale.value)  # type: ignore[no-untyped-call]
-    engine.leave(unit)
+    engine.leave(unit, hooked=hooked)
     if is_root:
         engine.end_forward()
 
@@ -62,7 +73,37 @@ def _arrive(engine: Engine, unit: Unit, flat: Any, index: int, param: torch.Tens
     engine.arrive(unit, flat, index)
 
 
+def _refuse_reading(units: Sequence[Unit], module: nn.Module, *args: Any) -> None:
+    for unit in units:
+        if not unit.whole:
+            raise ConfigError(
+                f"state_dict() of a model at stage 3: {unit.name or 'the root'} is sharded. Call it inside "
+                "`with trivium.zero.gathered(model):`, or take trivium.zero.full_state_dict(model), which gathers one "
+                "unit at a time"
+            )
+
+
+def _refuse_writing(units: Sequence[Unit], module: nn.Module, *args: Any) -> None:
+    for unit in units:
+        if not unit.pins and (unit.sharded or unit.has_master):
+            raise ConfigError(
+                f"load_state_dict() of a sharded model: {unit.name or 'the root'} is sharded or has an fp32 master "
+                "that would not be changed. Call it on every rank inside `with trivium.zero.gathered(model):`"
+            )
+
+
 def _differentiable(value: Any) -> list[torch.Tensor]:
-    """The tensors in a nest of containers that gradients flow through."""
-    leaves = _pytree.tree_leaves(value)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    """The tensors in a nest of containers, dataclasses and plain objects that gradients flow through."""
+    found: list[torch.Tensor] = []
+    seen: set[int] = set()
+    left = [value]
+    while left:
+        leaf = left.pop()
+        if isinstance(leaf, torch.Tensor):
+            if leaf.requires_grad:
+                found.append(leaf)
+        elif id(leaf) not in seen and not isinstance(leaf, nn.Module | type | str | bytes | int | float | NoneType):
+            seen.add(id(leaf))
+            inside = _pytree.tree_leaves(leaf)
+            left += inside if len(inside) != 1 or inside[0] is not leaf else getattr(leaf, "__dict__", {}).values()
+    return found

@@ -34,6 +34,16 @@ class Unit:
         return any(flat.row.parameter for flat in self.flats)
 
     @property
+    def trainable(self) -> bool:
+        """Whether any parameter is trained."""
+        return any(flat.trainable for flat in self.flats)
+
+    @property
+    def has_master(self) -> bool:
+        """Whether the optimizer updates an fp32 copy of some parameters."""
+        return any(flat.trainable and flat.low_precision for flat in self.flats)
+
+    @property
     def whole(self) -> bool:
         """Whether all parameters can be read now."""
         return all(flat.state is State.WHOLE for flat in self.flats)
