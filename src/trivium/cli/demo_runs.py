@@ -43,7 +43,14 @@ def text(folder: Path) -> Mapping[str, Any]:
         "optimizer": {"lr": 4e-3, "betas": (0.9, 0.98)},
         "schedule": {"kind": "wsd", "warmup_steps": 20, "min_ratio": 0.02, "decay_fraction": 0.4},
         "zero": {"stage": 3},
-        "train": {"steps": 400, "micro_batch": 8, "batch": 16, "validate_every": 100, "validation_batches": 0},
+        "train": {
+            "steps": 300,
+            "micro_batch": 8,
+            "batch": 16,
+            "validate_every": 100,
+            "validation_batches": 0,
+            "log_every": 50,
+        },
         "checkpoint": {"every": 0, "resume": "never"},
         "report": {"prompts": ("def __init__(self", "import os\nimport "), "sample_tokens": 24},
     }
