@@ -8,8 +8,8 @@ storage, backward
 would read the old one. So a flat has one storage for life: releasing resizes it to nothing, gathering fills the very
 same
 storage through an alias that shares no version counter with the parameters. A released parameter points to a single
-NaN expanded to its shape: reading it by accident gives NaN, never stale values and never a crash. On the CPU under Linux
-the storage keeps its size and lends its pages instead: memory/pages [Note: recycled pages].
+NaN expanded to its shape: reading it by accident gives NaN, never stale values and never a crash. On the CPU
+under Linux the storage keeps its size and lends its pages instead: memory/pages [Note: recycled pages].
 """
 
 from __future__ import annotations
