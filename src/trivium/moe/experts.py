@@ -1,0 +1,105 @@
+"""The experts that live on this rank, each a module of its own, named and seeded by its global number.
+
+DeepSpeed-MoE section 5.1: experts are placed by expert parallelism and reduced over the ranks that hold the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from trivium.base.errors import ConfigError
+from trivium.dist.shard import Placement
+from trivium.moe.gate import key
+from trivium.nn import MLP, Linear
+
+Kind = Literal["swiglu", "gelu"]
+Factory = Callable[[int], nn.Module]
+
+
+class GELUExpert(nn.Module):
+    """``down(gelu(up(x)))`` with biases: the feed-forward of the paper's models, 8·dim² + 5·dim at ffn_dim 4·dim."""
+
+    def __init__(self, dim: int, ffn_dim: int, *, init_std: float = 0.02, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.up = Linear(dim, ffn_dim, bias=True, init_std=init_std, dtype=dtype)
+        self.down = Linear(ffn_dim, dim, bias=True, init_std=init_std, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., dim] → [..., dim]."""
+        out: torch.Tensor = self.down(F.gelu(self.up(x)))
+        return out
+
+
+class Experts(nn.Module):
+    """Experts ``numbers`` of one layer. Children are called "0", "1", … by global number, at any placement.
+
+    ``placement`` names the axis over whose ranks their gradients are reduced. Each expert draws its weights, on the
+    CPU, from a generator seeded by (``seed``, ``layer``, its number): equal values wherever it lives.
+    """
+
+    def __init__(
+        self,
+        numbers: Sequence[int],
+        make: Factory,
+        *,
+        seed: int,
+        layer: int = 0,
+        axis: str = "dp",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.placement = Placement(axis=axis)
+        self.numbers = tuple(numbers)
+        device = torch.device(torch.get_default_device() if device is None else device)
+        for number in self.numbers:
+            self.add_module(str(number), build(make, number, key(seed, layer, number), device))
+
+    def forward(self, rows_RC: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """Rows sorted by expert, ``counts`` of them for each of ``numbers`` → their outputs, in the same order.
+
+        An expert without a row is not run. Without any row the rows themselves come back, so that the graph holds.
+        """
+        if rows_RC.shape[0] == 0:
+            return rows_RC
+        outs = []
+        for number, part_RC in zip(self.numbers, torch.split(rows_RC, list(counts)), strict=True):
+            if part_RC.shape[0] == 0:
+                continue
+            out_RC: torch.Tensor = self.get_submodule(str(number))(part_RC)
+            if out_RC.shape != part_RC.shape:
+                raise ConfigError(
+                    f"expert {number} made {list(out_RC.shape)} of {list(part_RC.shape)}: an expert keeps the shape"
+                )
+            outs.append(out_RC.to(rows_RC.dtype))
+        return torch.cat(outs)
+
+
+def build(make: Factory, number: int, seed: int, device: torch.device) -> nn.Module:
+    """``make(number)``, drawn on the CPU under ``seed``, then moved; torch's default generator stays where it was."""
+    if device.type == "meta":
+        with device:
+            return make(number)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        module = make(number)
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"expert({number}) returned a {type(module).__name__}: expected an nn.Module")
+    return module.to(device)
+
+
+def maker(kind: Kind | Factory, dim: int, ffn_dim: int, init_std: float, dtype: torch.dtype | None) -> Factory:
+    """The factory of one of our own experts; the user's own as it is."""
+    if not isinstance(kind, str):
+        return kind
+    if kind == "swiglu":
+        return lambda number: MLP(dim, ffn_dim, init_std=init_std, dtype=dtype)
+    if kind == "gelu":
+        return lambda number: GELUExpert(dim, ffn_dim, init_std=init_std, dtype=dtype)
+    raise ConfigError(
+        f"expert={kind!r}: expected 'swiglu', 'gelu' or a function that takes an expert's number and makes a module"
+    )

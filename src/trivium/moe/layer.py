@@ -1,0 +1,212 @@
+"""The layer: gate, drop, dispatch, experts, combine, and beside them a dense MLP if residual.
+
+DeepSpeed-MoE sections 3.1 (the layer) and 4.1 (residual experts, per-layer degrees of expert parallelism).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from trivium.base.errors import ConfigError, TriviumError
+from trivium.dist.comm import Comm
+from trivium.dist.mesh import Mesh
+from trivium.moe import losses
+from trivium.moe.capacity import CapacityConfig, capacity, keep
+from trivium.moe.dispatch import owners, refuse, run_across, run_local
+from trivium.moe.experts import Experts, Kind, build, maker
+from trivium.moe.gate import Gate, GateConfig, Gating, key
+from trivium.moe.routing import Routing
+from trivium.nn import Linear
+
+Residual = bool | Literal["add", "mix"]
+Expert = Kind | Callable[[int], nn.Module]
+_DENSE = -1  # the residual MLP's place among the expert numbers that weights are drawn by
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aux:
+    """What a call tells beside its output, of this rank's tokens alone.
+
+    ``loss`` = balance_weight · ``balance`` + z_weight · ``z``: add it to the training loss. ``load`` (int64 [E]) counts
+    choices before drops, ``dropped`` the choices that found their expert full; ``entropy`` is the tokens' mean, in
+    nats, detached. ``routing`` may be passed in again.
+    """
+
+    loss: torch.Tensor
+    balance: torch.Tensor
+    z: torch.Tensor
+    entropy: torch.Tensor
+    load: torch.Tensor
+    dropped: int
+    routing: Routing
+
+
+class MoE(nn.Module):
+    """A feed-forward layer of ``num_experts`` experts of which each token takes ``top_k``.
+
+    Args:
+        capacity_factor: None drops nothing. A number, or a `CapacityConfig`, bounds the choices one expert takes of a
+            rank's micro-batch; a token all of whose choices are dropped gets zeros.
+        residual: True or ``"add"``: plus a dense MLP that every token passes (DeepSpeed-MoE 4.1); ``"mix"``: the two
+            weighed by a learned softmax, as the paper's code does.
+        mesh: needed when experts live on several ranks.
+        ep: how many neighbouring data-parallel ranks share the experts; None: the mesh's ``ep``.
+        gate: a `GateConfig`, or a module that does what `Gate` does.
+        expert: ``"swiglu"``, ``"gelu"``, or a function from an expert's global number to a module [R, dim] → [R, dim].
+        balance_weight, z_weight: of the two losses in ``aux.loss``.
+        layer: the layer's number, for messages and seeds. seed: None draws one from torch's default generator.
+
+    With ep above 1 construction and every call are collective: each rank calls forward, and backward, as often as the
+    others, with any number of tokens.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        ffn_dim: int,
+        num_experts: int,
+        top_k: int = 2,
+        capacity_factor: float | CapacityConfig | None = None,
+        residual: Residual = False,
+        mesh: Mesh | None = None,
+        ep: int | None = None,
+        gate: GateConfig | nn.Module | None = None,
+        expert: Expert | None = None,
+        *,
+        balance_weight: float = 0.01,
+        z_weight: float = 0.0,
+        init_std: float = 0.02,
+        layer: int = 0,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("ffn_dim", ffn_dim), ("num_experts", num_experts)):
+            if value < 1:
+                raise ConfigError(f"{name}={value}: expected 1 or more")
+        if not 1 <= top_k <= num_experts:
+            raise ConfigError(f"top_k={top_k}: expected 1 to num_experts={num_experts}")
+        if residual not in (False, True, "add", "mix"):
+            raise ConfigError(f"residual={residual!r}: expected False, True, 'add' or 'mix'")
+        self.dim, self.num_experts, self.top_k, self.layer = dim, num_experts, top_k, layer
+        self.balance_weight, self.z_weight = balance_weight, z_weight
+        if isinstance(capacity_factor, int | float):
+            capacity_factor = CapacityConfig(factor=capacity_factor)
+        self.capacity = capacity_factor
+        self.comm, axis = _ranks(mesh, ep)
+        if num_experts < self.comm_size:
+            raise ConfigError(
+                f"num_experts={num_experts} on ep={self.comm_size} ranks: a rank would hold none; "
+                f"lower ep to {num_experts} or less"
+            )
+        if seed is None:
+            seed = int(torch.randint(2**62, (), device="cpu"))
+        make = maker("swiglu" if expert is None else expert, dim, ffn_dim, init_std, dtype)
+        self.gate: nn.Module = (
+            gate
+            if isinstance(gate, nn.Module)
+            else Gate(dim, num_experts, top_k, gate, seed=seed, layer=layer, device=device, dtype=dtype)
+        )
+        numbers = owners(num_experts, self.comm_size)[self.comm.rank if self.comm else 0]
+        self.experts = Experts(numbers, make, seed=seed, layer=layer, axis=axis, device=device)
+        self.dense: nn.Module | None = None
+        self.mix: Linear | None = None
+        if residual:
+            place = torch.device(torch.get_default_device() if device is None else device)
+            self.dense = build(make, _DENSE, key(seed, layer, _DENSE), place)
+        if residual == "mix":
+            self.mix = Linear(dim, 2, bias=True, init_std=init_std, device=device, dtype=dtype)
+
+    @property
+    def comm_size(self) -> int:
+        """Over how many ranks the experts are spread."""
+        return self.comm.size if self.comm else 1
+
+    def forward(
+        self, x: torch.Tensor, routing: Routing | None = None, *, step: int | None = None
+    ) -> tuple[torch.Tensor, Aux]:
+        """[..., dim] → ([..., dim], aux).
+
+        ``routing`` fixes which experts and drops, say those of an earlier call; ``step`` keys the gate's noise.
+
+        Raises:
+            ConfigError: a wrong width, or a routing for other tokens.
+            NonFiniteError: the router's logits are not finite; with ep above 1 on every rank.
+        """
+        try:
+            if x.shape[-1] != self.dim:
+                raise ConfigError(f"input of shape {list(x.shape)}: expected [..., {self.dim}]")
+            x_TC = x.reshape(-1, self.dim)
+            if routing is not None:
+                routing.check(len(x_TC), self.num_experts)
+            gating: Gating = self.gate(x_TC, experts_TK=None if routing is None else routing.experts_TK, step=step)
+            routing = self._route(gating, routing)
+        except TriviumError:
+            if self.comm is not None:
+                refuse(self.comm, self.num_experts)
+            raise
+        if self.comm is None:
+            y_TC = run_local(x_TC, routing, self.num_experts, self.experts)
+        else:
+            y_TC = run_across(x_TC, routing, self.num_experts, self.experts, self.comm)
+        return self._add_dense(x_TC, y_TC).view(x.shape), self._aux(gating, routing)
+
+    def extra_repr(self) -> str:
+        """The sizes, for ``print(model)``."""
+        return f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, ep={self.comm_size}"
+
+    def _route(self, gating: Gating, forced: Routing | None) -> Routing:
+        experts_TK, weights_TK = gating.experts_TK, gating.weights_TK
+        if forced is not None:
+            kept_TK = forced.kept_TK
+        elif self.capacity is None:
+            kept_TK = torch.ones_like(experts_TK, dtype=torch.bool)
+        else:
+            limit = capacity(len(experts_TK), self.num_experts, experts_TK.shape[1], self.capacity)
+            kept_TK = keep(experts_TK, weights_TK, self.num_experts, limit, self.capacity.policy)
+        return Routing(experts_TK=experts_TK, weights_TK=weights_TK, kept_TK=kept_TK)
+
+    def _add_dense(self, x_TC: torch.Tensor, y_TC: torch.Tensor) -> torch.Tensor:
+        if self.dense is None:
+            return y_TC
+        dense_TC: torch.Tensor = self.dense(x_TC)
+        if self.mix is None:
+            return y_TC + dense_TC
+        parts_T2 = F.softmax(self.mix(x_TC).float(), dim=-1).to(y_TC.dtype)
+        return y_TC * parts_T2[:, :1] + dense_TC * parts_T2[:, 1:]
+
+    def _aux(self, gating: Gating, routing: Routing) -> Aux:
+        balance = losses.load_balance(gating.probabilities_TE, routing.experts_TK)
+        z = losses.z_loss(gating.logits_TE)
+        return Aux(
+            loss=self.balance_weight * balance + self.z_weight * z,
+            balance=balance,
+            z=z,
+            entropy=losses.entropy(gating.probabilities_TE),
+            load=torch.bincount(routing.experts_TK.reshape(-1), minlength=self.num_experts),
+            dropped=int((~routing.kept_TK).sum()),
+            routing=routing,
+        )
+
+
+def _ranks(mesh: Mesh | None, ep: int | None) -> tuple[Comm | None, str]:
+    """The ranks that share the experts (None: this one alone), and the axis of those that hold the same ones."""
+    if ep is not None and ep < 1:
+        raise ConfigError(f"ep={ep}: expected 1 or more, or None for the mesh's")
+    if mesh is None:
+        if ep is not None and ep > 1:
+            raise ConfigError(f"ep={ep} needs mesh=: pass what tv.init(ep={ep}) returned")
+        return None, "dp"
+    if ep == 1 or (ep is None and mesh.comm("ep").size == 1):
+        return None, "dp"
+    if ep is None or ep == mesh.comm("ep").size:
+        return mesh.channel(mesh.comm("ep"), "moe"), "edp"
+    inside, across = mesh.split("dp", ep)
+    return mesh.channel(inside, "moe"), across.axis

@@ -1,0 +1,136 @@
+"""What the ranks run for the tests of expert parallelism, and the one-hot oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from trivium.base.errors import NonFiniteError
+from trivium.dist.mesh import Mesh
+from trivium.moe import MoE, Routing
+
+DIM, FFN, EXPERTS = 6, 10, 8
+
+
+def oracle(layer: MoE, x_TC: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """The paper's one-hot einsums, every expert over slots [E, S]: slot s of expert e holds its s-th choice."""
+    num_tokens, top_k = routing.experts_TK.shape
+    size = max(1, num_tokens * top_k)
+    mask_TKE = torch.nn.functional.one_hot(routing.experts_TK, layer.num_experts) * routing.kept_TK[..., None]
+    flat_SE = mask_TKE.reshape(-1, layer.num_experts)
+    places_SE = (flat_SE.cumsum(0) - 1).clamp_min(0)
+    hot = torch.nn.functional.one_hot(places_SE, size) * flat_SE[..., None]
+    hot_TKES = hot.view(num_tokens, top_k, layer.num_experts, size).to(x_TC.dtype)
+    slots_ESC = torch.einsum("tkes,tc->esc", hot_TKES, x_TC)
+    outs_ESC = torch.stack([layer.experts.get_submodule(str(e))(slots_ESC[e]) for e in range(layer.num_experts)])
+    return torch.einsum("tkes,tk,esc->tc", hot_TKES, routing.weights_TK, outs_ESC)
+
+
+def make(mesh: Any = None, **options: Any) -> MoE:
+    torch.manual_seed(3)
+    layer = MoE(DIM, FFN, EXPERTS, mesh=mesh, seed=5, dtype=torch.float64, init_std=0.5, **options)
+    with torch.no_grad():  # a router that decides
+        drawn = torch.randn(EXPERTS, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+        layer.get_submodule("gate").get_parameter("weight").copy_(drawn)
+    return layer
+
+
+def tokens(rank: int, count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 + rank)
+    return torch.randn(count, DIM, dtype=torch.float64, generator=generator)
+
+
+def run(layer: MoE, x_TC: torch.Tensor, routing: Routing | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    x_TC = x_TC.clone().requires_grad_()
+    y_TC, aux = layer(x_TC, routing)
+    (y_TC.square().sum() + y_TC.sum() + aux.loss).backward()
+    grad = x_TC.grad
+    return y_TC.detach(), torch.zeros_like(x_TC) if grad is None else grad
+
+
+def far(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Norm-wise relative distance."""
+    return float((a - b).norm() / b.norm().clamp_min(1e-300))
+
+
+def parallel_equals_alone(mesh: Any, cells: list[tuple[list[int], dict[str, Any], int | None]]) -> list[float]:
+    """The largest distance per cell between this rank in an expert-parallel world and one rank with all tokens.
+
+    A cell: tokens per rank, the layer's options, and an expert that takes everything, or None.
+    """
+    spread = Mesh(rank=mesh.rank, size=mesh.size, device=mesh.device, ep=mesh.size)
+    found = []
+    for counts, options, everything in cells:
+        layer, alone = make(spread, **options), make(**options)
+        forced = [force(count, everything, layer.top_k) for count in counts]
+        outs = [run(alone, tokens(rank, count), forced[rank]) for rank, count in enumerate(counts)]
+        y_TC, grad_TC = run(layer, tokens(mesh.rank, counts[mesh.rank]), forced[mesh.rank])
+        distances = [far(y_TC, outs[mesh.rank][0]), far(grad_TC, outs[mesh.rank][1])]
+        theirs = dict(alone.named_parameters())
+        for name, parameter in layer.named_parameters():
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+            if not name.startswith("experts."):
+                total = [torch.empty_like(grad) for _ in range(mesh.size)]
+                spread.comm("ep").all_gather(
+                    flat := torch.empty(grad.numel() * mesh.size, dtype=grad.dtype), grad.reshape(-1), "test"
+                ).wait()
+                total = list(flat.view(mesh.size, *grad.shape))
+                grad = torch.stack(total).sum(0)
+            expected = theirs[name].grad
+            distances.append(far(grad, torch.zeros_like(grad) if expected is None else expected))
+            distances.append(far(parameter.detach(), theirs[name].detach()))
+        found.append(max(distances))
+    return found
+
+
+def force(count: int, expert: int | None, top_k: int) -> Routing | None:
+    if expert is None:
+        return None
+    experts_TK = (torch.arange(top_k).expand(count, top_k) + expert) % EXPERTS
+    return Routing(
+        experts_TK=experts_TK.contiguous(),
+        weights_TK=torch.empty(count, top_k),
+        kept_TK=torch.ones(count, top_k, dtype=torch.bool),
+    )
+
+
+def held(mesh: Any) -> list[str]:
+    spread = Mesh(rank=mesh.rank, size=mesh.size, device=mesh.device, ep=mesh.size)
+    layer = make(spread)
+    return [*(name for name, _ in layer.experts.named_children()), layer.experts.placement.axis]
+
+
+def bytes_sent(mesh: Any) -> tuple[int, int]:
+    """(what the ledger saw for rows, what the routing says must cross)."""
+    spread = Mesh(rank=mesh.rank, size=mesh.size, device=mesh.device, ep=mesh.size)
+    layer = make(spread)
+    x_TC = tokens(mesh.rank, 7).requires_grad_()
+    mine = {int(name) for name, _ in layer.experts.named_children()}
+    with spread.ledger() as sent:
+        y_TC, aux = layer(x_TC)
+        y_TC.sum().backward()
+    away = sum(int(load) for number, load in enumerate(aux.load) if number not in mine)
+    phases = sent.bytes_by("phase")
+    return phases["dispatch"] + phases["combine.backward"], 2 * away * DIM * 8
+
+
+def nan_on_one(mesh: Any) -> str:
+    spread = Mesh(rank=mesh.rank, size=mesh.size, device=mesh.device, ep=mesh.size)
+    layer = make(spread)
+    x_TC = tokens(mesh.rank, 5)
+    if mesh.rank == 1:
+        x_TC[3, 0] = float("nan")
+    try:
+        layer(x_TC)
+    except NonFiniteError as error:
+        return str(error)
+    return "no error"
+
+
+def degree_of_its_own(mesh: Any) -> tuple[list[str], str, float]:
+    """A layer with ep=2 on a mesh of two ranks without expert parallelism."""
+    layer, alone = make(mesh, ep=2), make()
+    y_TC, _ = run(layer, tokens(mesh.rank, 5))
+    expected, _ = run(alone, tokens(mesh.rank, 5))
+    return [name for name, _ in layer.experts.named_children()], layer.experts.placement.axis, far(y_TC, expected)
