@@ -376,7 +376,8 @@ class Engine:
     def _mark(self, number: int, flat: Flat, used: set[int]) -> None:
         """Show the reduced gradient where users look: whole on the parameters at stage 0, else on the segments."""
         if not self.finite:
-            flat.gradient_memory(flat.dtype).fill_(float("nan"))
+            for gradient in flat.gradient_views or (flat.gradient_memory(flat.dtype),):
+                gradient.fill_(float("nan"))  # not the padding of a whole buffer: it is sent again
         for index in used:
             segment = flat.segments[index]
             if segment is not None:

@@ -1,0 +1,72 @@
+"""Ranks that do different things: correct without a hang, or told at once; and ranks that die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from tests.worlds import Launch, Worlds
+from tests.zero.diverging_cases import ROUTES
+
+CASES = "tests.zero.diverging_cases"
+
+
+@pytest.mark.parametrize(
+    ("size", "counts"), [(2, [1, 1]), (2, [2, 1]), (4, [1, 2, 0, 2])], ids=["units", "fewer", "none"]
+)
+def test_other_units_other_order_fewer_micro_batches(world: Worlds, size: int, counts: list[int]) -> None:
+    assert world(size).run(CASES, "routed", counts, ROUTES, timeout=100) == [[]] * size
+
+
+def test_three_ranks_with_a_division_that_rounds(world: Worlds) -> None:
+    assert world(3).run(CASES, "routed", [1, 1, 1], ROUTES[::-1], 1 << 20, timeout=100) == [[]] * 3
+
+
+@pytest.mark.parametrize("what", ["step or read", "clip or step", "other modules"])
+def test_phases_that_differ_are_told_on_every_rank(world: Worlds, what: str) -> None:
+    for said, seconds in world(3).run(CASES, "phases_that_differ", what, discard=True):
+        assert said.startswith("MismatchError")
+        assert seconds < 5
+        if what != "other modules":
+            assert all(word in said for word in ("rank 0 in", "rank 2 in", "step"))
+
+
+def test_gradients_that_were_never_reduced_are_refused(world: Worlds) -> None:
+    for said in world(2).run(CASES, "left_over"):
+        assert [message.startswith("ConfigError: rank 0 has gradients") for message in said] == [True, False] * 2
+        assert said[1] == said[3] == "no error"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite_on_one_rank_skips_the_step_on_all(world: Worlds, value: float) -> None:
+    """T33."""
+    for results in world(3).run(CASES, "poisoned", value):
+        assert results == [(True, True, False, True, 1, True)] * 4
+
+
+def test_detours_are_counted(world: Worlds) -> None:
+    for before, after in world(2).run(CASES, "detours"):
+        assert before == 0
+        assert after > 0
+
+
+def test_a_backward_that_broke_off_leaves_nothing(world: Worlds) -> None:
+    assert world(2).run(CASES, "broken_backward") == [[], []]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_killed_rank_ends_the_others(launch: Launch, stage: int) -> None:
+    """T27: in the middle of gathers (stage 3) and of the exchange of gradients."""
+    launched = launch(["-m", "tests.zero.endless", str(stage)], ranks=2, env={"TORCHELASTIC_ERROR_FILE": ""})
+    pids = launched.rank_pids()
+    deadline = time.monotonic() + 60
+    while "step 3" not in launched.stdout and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(pids[1], signal.SIGKILL)
+    began = time.monotonic()
+    assert launched.wait(timeout=30) != 0
+    assert time.monotonic() - began < 10
+    assert "rank 1" in launched.stderr or "Signal 9" in launched.stderr
