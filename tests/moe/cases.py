@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from trivium.base.errors import NonFiniteError
+import trivium as tv
+from trivium.base.errors import ConfigError, MismatchError, NonFiniteError
 from trivium.dist.mesh import Mesh
 from trivium.moe import MoE, Routing
 
@@ -128,9 +129,68 @@ def nan_on_one(mesh: Any) -> str:
     return "no error"
 
 
+def wrong_routing_on_one(mesh: Any) -> str:
+    spread = Mesh(rank=mesh.rank, size=mesh.size, device=mesh.device, ep=mesh.size)
+    try:
+        make(spread)(tokens(mesh.rank, 5), force(3, 0, 2) if mesh.rank == 1 else None)
+    except (ConfigError, MismatchError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def only_one_rank_hit(mesh: Any) -> bool:
+    """Whether an expert of this rank got a gradient, when all tokens, which need none, go to the first expert."""
+    spread = Mesh(rank=mesh.rank, size=mesh.size, device=mesh.device, ep=mesh.size)
+    layer = make(spread, top_k=1)
+    layer.get_submodule("gate").requires_grad_(False)
+    y_TC, _ = layer(tokens(mesh.rank, 4), force(4, 0, 1))
+    y_TC.sum().backward()
+    return any(parameter.grad is not None for parameter in layer.experts.parameters())
+
+
 def degree_of_its_own(mesh: Any) -> tuple[list[str], str, float]:
     """A layer with ep=2 on a mesh of two ranks without expert parallelism."""
     layer, alone = make(mesh, ep=2), make()
     y_TC, _ = run(layer, tokens(mesh.rank, 5))
     expected, _ = run(alone, tokens(mesh.rank, 5))
     return [name for name, _ in layer.experts.named_children()], layer.experts.placement.axis, far(y_TC, expected)
+
+
+class Stack(torch.nn.Module):
+    def __init__(self, mesh: Any = None) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(make(mesh, top_k=1) for _ in range(2))
+
+    def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
+        loss = torch.zeros((), dtype=x_TC.dtype)
+        for block in self.blocks:
+            y_TC, aux = block(x_TC)
+            x_TC, loss = x_TC + y_TC, loss + aux.loss
+        return loss + x_TC.square().mean()
+
+
+def sharded(mesh: Any, stage: int, ep: int) -> float:
+    """How far three steps end from one process that runs the ranks' micro-batches in turn."""
+    spread = Mesh(rank=mesh.rank, size=mesh.size, device=mesh.device, ep=ep)
+    torch.manual_seed(0)
+    alone, model = Stack(), Stack(spread)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9) for each in (alone, model)]
+    model, optimizer = tv.zero.shard(model, optimizers[1], spread, stage=stage)
+    for step in range(3):
+        for rank in range(mesh.size):
+            (alone(tokens(10 * step + rank, 3)) / mesh.size).backward()
+        model(tokens(10 * step + mesh.rank, 3)).backward()
+        for each in (optimizers[0], optimizer):
+            each.step()
+            each.zero_grad()
+    state = tv.zero.full_state_dict(model)
+    expected = alone.state_dict()
+    return max((far(value, expected[name]) for name, value in state.items()), default=0.0)
+
+
+def sharded_apart(mesh: Any) -> str:
+    try:
+        sharded(mesh, 3, mesh.size)
+    except MismatchError as error:
+        return str(error)
+    return "no error"

@@ -39,11 +39,31 @@ def test_the_ledger_counts_the_rows_that_cross(world: Any) -> None:
 
 def test_a_router_that_fails_on_one_rank_fails_on_all(world: Any) -> None:
     first, second = world(2).run("tests.moe.cases", "nan_on_one")
-    assert "router of rank 1 has failed" in first
+    assert "not finite on rank 1" in first
     assert "row 3" in second and "1 of 5 rows" in second
+
+
+def test_an_error_before_dispatch_fails_on_all(world: Any) -> None:
+    first, second = world(2).run("tests.moe.cases", "wrong_routing_on_one")
+    assert first.startswith("MismatchError: rank 1 has failed")
+    assert second.startswith("ConfigError: routing")
+
+
+def test_backward_ends_where_no_expert_and_no_input_needs_a_gradient(world: Any) -> None:
+    assert world(2).run("tests.moe.cases", "only_one_rank_hit", timeout=20) == [True, False]
 
 
 def test_a_layer_sets_its_own_degree(world: Any) -> None:
     found = world(2).run("tests.moe.cases", "degree_of_its_own")
     assert [names for names, _, _ in found] == [["0", "1", "2", "3"], ["4", "5", "6", "7"]]
     assert all(axis == "dp/across" and distance < 1e-12 for _, axis, distance in found)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_two_data_parallel_ranks_under_zero_train_as_one_process(world: Any, stage: int) -> None:
+    assert max(world(2).run("tests.moe.cases", "sharded", stage, 1)) < 1e-12
+
+
+def test_experts_apart_under_zero_are_refused_on_all_ranks(world: Any) -> None:
+    for words in world(2).run("tests.moe.cases", "sharded_apart"):
+        assert "the model's parameter differs across ranks" in words

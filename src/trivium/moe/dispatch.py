@@ -24,6 +24,8 @@ from trivium.dist.uneven import ExchangeRows
 from trivium.moe.experts import Experts
 from trivium.moe.routing import Routing
 
+_NON_FINITE, _OTHER = 1, 2  # what a rank that has failed says in place of 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
@@ -97,17 +99,21 @@ def run_across(x_TC: torch.Tensor, routing: Routing, num_experts: int, experts: 
     return out
 
 
-def refuse(comm: Comm, num_experts: int) -> None:
-    """Tell the other ranks, which wait in `run_across`, that this one has met an error and will not come."""
-    comm.agree([1, 0, 0, *[0] * num_experts], "dispatch.counts")
+def refuse(comm: Comm, num_experts: int, error: Exception) -> None:
+    """Tell the other ranks, which wait in `run_across`, that this one has met ``error`` and will not come."""
+    comm.agree(
+        [_NON_FINITE if isinstance(error, NonFiniteError) else _OTHER, 0, 0, *[0] * num_experts], "dispatch.counts"
+    )
 
 
 def _agree(comm: Comm, x_TC: torch.Tensor, counts: Sequence[int]) -> list[list[int]]:
     """Every rank's rows per expert; raises, on all, if one has met an error or brings rows of another width."""
     numbers = comm.agree([0, x_TC.shape[1], x_TC.element_size(), *counts], "dispatch.counts")
     for rank, row in zip(comm.ranks, numbers, strict=True):
-        if row[0]:
-            raise NonFiniteError(f"the router of rank {rank} has failed; its own message says why")
+        if row[0] == _NON_FINITE:
+            raise NonFiniteError(f"the router's logits are not finite on rank {rank}; its own message names the row")
+        if row[0] == _OTHER:
+            raise MismatchError(f"rank {rank} has failed before its tokens were sent; its own message says why")
     for rank, row in zip(comm.ranks, numbers, strict=True):
         if row[1:3] != numbers[0][1:3]:
             raise MismatchError(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trivium.base.errors import ConfigError, TriviumError
+from trivium.base.errors import ConfigError
 from trivium.dist.comm import Comm
 from trivium.dist.mesh import Mesh
 from trivium.moe import losses
@@ -139,6 +139,7 @@ class MoE(nn.Module):
         Raises:
             ConfigError: a wrong width, or a routing for other tokens.
             NonFiniteError: the router's logits are not finite; with ep above 1 on every rank.
+            MismatchError: another rank failed in its gate, or runs in another dtype.
         """
         try:
             if x.shape[-1] != self.dim:
@@ -148,9 +149,9 @@ class MoE(nn.Module):
                 routing.check(len(x_TC), self.num_experts)
             gating: Gating = self.gate(x_TC, experts_TK=None if routing is None else routing.experts_TK, step=step)
             routing = self._route(gating, routing)
-        except TriviumError:
+        except Exception as error:  # whatever it is, the other ranks must not wait for this one
             if self.comm is not None:
-                refuse(self.comm, self.num_experts)
+                refuse(self.comm, self.num_experts, error)
             raise
         if self.comm is None:
             y_TC = run_local(x_TC, routing, self.num_experts, self.experts)
