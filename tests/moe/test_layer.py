@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import trivium as tv
 from tests.moe import cases
@@ -264,3 +265,27 @@ def test_the_tally_counts_load_drops_and_the_dead() -> None:
     assert report.dropped == 12 and report.drop_rate == 0.6 and report.load_entropy == 0.0
     assert report.dead == tuple(n for n in range(8) if n != taken)
     assert 0 < report.router_entropy < 2.08
+
+
+def test_recompute_gives_the_same_gradients() -> None:
+    grads = []
+    for recompute in (False, True):
+        layer, x = cases.make(top_k=2, capacity_factor=0.5), cases.tokens(0, 12).requires_grad_()
+        y, aux = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+        (y.square().sum() + aux.loss).backward()
+        grads.append([x.grad, *(p.grad for p in layer.parameters())])
+    assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_built_on_meta_and_filled_while_sharded() -> None:
+    with torch.device("meta"):
+        model: Any = Small()
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model, optimizer = tv.zero.shard(model, optimizer, tv.init(device="cpu"), stage=3)
+    drawn = torch.randint(20, (2, 3), generator=torch.Generator().manual_seed(0))
+    model(drawn[0], drawn[1]).backward()
+    optimizer.step()
+    state = tv.zero.full_state_dict(model)
+    weights = [state[f"blocks.0.experts.{number}.up.weight"] for number in range(4)]
+    assert all(weight.isfinite().all() and weight.std() > 0.1 for weight in weights)
+    assert not torch.equal(weights[0], weights[1])
