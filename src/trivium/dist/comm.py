@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from trivium.base.errors import MismatchError, RankError
 from trivium.dist.ledger import Books
+from trivium.dist.watch import Seat, Watch, own_seat
 
 Reduce = Literal["ordered", "native"]
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -36,6 +37,17 @@ class Link:
         self.waited_s = 0.0
         self._busy_until_s = 0.0
         self._comms: list[Comm] = []
+        self._watch = Watch(())
+
+    def watch(self, comm: Comm) -> None:
+        """Learn where each rank of ``comm`` runs, to name those that are gone when a collective fails. Collective."""
+        seat = own_seat()
+        self._watch = Watch([Seat(host, pid) for host, pid in comm.all_gather_json([seat.host, seat.pid])])
+
+    def lost(self, what: str, error: RuntimeError) -> RankError:
+        """The error for a collective that failed because of a peer."""
+        words = str(error).splitlines()[0] if str(error) else repr(error)
+        return RankError(f"a peer was lost during {what}: {words}. {self._watch.culprits()}")
 
     def join(self, comm: Comm) -> None:
         """Remember ``comm``, to let go of its group at the end."""
@@ -80,7 +92,7 @@ class Handle:
             for work in self._works:
                 work.wait()
         except RuntimeError as error:
-            raise _lost(self._what, error) from error
+            raise self._link.lost(self._what, error) from error
         late = self._ready_at_s - time.perf_counter()
         if late > 0:
             time.sleep(late)
@@ -277,21 +289,14 @@ class Comm:
         try:
             work: dist.Work | None = call(*args, group=self.group, **options)
         except RuntimeError as error:
-            raise _lost(what, error) from error
+            raise self.link.lost(what, error) from error
         return work
 
     def _blocking(self, what: str, call: Any, *args: Any, **kwargs: Any) -> None:
         try:
             call(*args, **kwargs)
         except RuntimeError as error:
-            raise _lost(what, error) from error
+            raise self.link.lost(what, error) from error
 
     def _done(self) -> Handle:
         return Handle([], self.link, "", 0.0, ())
-
-
-def _lost(what: str, error: RuntimeError) -> RankError:
-    return RankError(
-        f"a peer was lost during {what}: {str(error).splitlines()[0] if str(error) else error!r}. "
-        "The first error on any other rank is the cause; this one is its consequence."
-    )

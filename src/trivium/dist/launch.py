@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -97,6 +98,7 @@ def init(
         _join(world, place, timeout_s)
         atexit.register(shutdown)
     mesh = Mesh(rank=dist.get_rank(), size=dist.get_world_size(), device=place, ep=ep, tp=tp, pp=pp, delay_s=delay_s)
+    mesh.link.watch(mesh.comm("world"))
     atexit.register(mesh.link.close)  # runs before shutdown: the last registered goes first
     return mesh
 
@@ -141,6 +143,7 @@ def _adopt(device_mesh: DeviceMesh, delay_s: float) -> Mesh:
         pp=sizes.get("pp", 1),
         delay_s=delay_s,
     )
+    mesh.link.watch(mesh.comm("world"))
     atexit.register(mesh.link.close)
     return mesh
 
@@ -158,6 +161,7 @@ def _join(world: World, place: torch.device, timeout_s: float) -> None:
         if managed:
             dist.init_process_group(backend, timeout=timeout)
             return
+        _resolve(world.address)
         store = TCPStore(
             world.address, world.port, world.size, world.rank == 0, timedelta(seconds=min(timeout_s, 60.0))
         )
@@ -166,6 +170,16 @@ def _join(world: World, place: torch.device, timeout_s: float) -> None:
         raise SetupError(
             f"rank {world.rank} of {world.size} could not meet the others at {world.address}:{world.port}: "
             f"{str(error).splitlines()[0]}. Check that MASTER_ADDR is rank 0's host and MASTER_PORT is free"
+        ) from error
+
+
+def _resolve(address: str) -> None:
+    """Fail at once on a name that nobody knows: the store would try for a minute."""
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        raise SetupError(
+            f"MASTER_ADDR={address!r} is not the name of a host: {error.strerror}. Set it to the host of rank 0"
         ) from error
 
 

@@ -1,0 +1,121 @@
+"""What the ranks run for tests/dist."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import torch
+
+from trivium.base.errors import ConfigError, MismatchError, RankError, SetupError
+from trivium.dist.mesh import Mesh
+
+
+def moves(mesh: Any) -> dict[str, Any]:
+    """One of each collective, and what the ledger says of it."""
+    comm, rank, size = mesh.comm("dp"), mesh.rank, mesh.size
+    with mesh.ledger() as sent:
+        gathered = torch.empty(4 * size)
+        comm.all_gather(gathered, torch.full((4,), float(rank)), "forward").wait()
+        send = torch.arange(3.0 * size).view(size, 3) + 100 * rank
+        received = torch.full((size, 3), -1.0)
+        comm.exchange(received, send, "backward").wait()
+        received[rank] = send[rank]
+        text = torch.full((2,), float(rank))
+        comm.broadcast(text, src=size - 1)
+        parts = comm.gather_tensor(torch.full((rank,), float(rank)), dst=0)
+        with mesh.ledger() as inner:
+            total = comm.all_reduce_ints([rank, 2**60 + rank])
+            most = comm.all_reduce_ints([-rank], "max")
+    return {
+        "gathered": gathered.tolist(),
+        "received": received.tolist(),
+        "text": text.tolist(),
+        "parts": None if parts is None else [part.tolist() for part in parts],
+        "total": total,
+        "most": most,
+        "json": comm.all_gather_json({"rank": rank, "text": "é" * rank}),
+        "told": comm.broadcast_json([rank], src=size - 1),
+        "bytes": sent.bytes_by("phase"),
+        "payload": sent.payload_bytes,
+        "all": sent.bytes,
+        "inner": inner.bytes_by("phase"),
+        "calls": sent.calls,
+        "after": inner.calls,
+    }
+
+
+def shard_in_place(mesh: Any) -> list[float]:
+    """All-gather of a shard that is this rank's own range of the output."""
+    output = torch.zeros(2 * mesh.size)
+    output[2 * mesh.rank : 2 * mesh.rank + 2] = mesh.rank + 1.0
+    mesh.comm("dp").all_gather(output, output[2 * mesh.rank : 2 * mesh.rank + 2], "x").wait()
+    values: list[float] = output.tolist()
+    return values
+
+
+def differ(mesh: Any) -> str:
+    try:
+        mesh.comm("dp").require_equal("a" if mesh.rank else "b", "the letter")
+    except MismatchError as error:
+        return str(error)
+    return "no error"
+
+
+def axes(mesh: Any) -> dict[str, Any]:
+    """The axes of four ranks cut three ways, and two hybrid groups."""
+    found: dict[str, Any] = {}
+    for name, degrees in (("ep", {"ep": 2}), ("tp", {"tp": 2}), ("pp tp", {"pp": 2, "tp": 2})):
+        made = Mesh(rank=mesh.rank, size=mesh.size, device=torch.device("cpu"), **degrees)
+        found[name] = {axis: made.comm(axis).ranks for axis in ("world", "dp", "edp", "ep", "tp", "pp")}
+        found[name]["sum"] = made.comm("dp").all_reduce_ints([made.rank])
+    inside, across = mesh.split("dp", 2)
+    found["split"] = (
+        inside.ranks,
+        across.ranks,
+        inside.all_reduce_ints([mesh.rank]),
+        across.all_reduce_ints([mesh.rank]),
+    )
+    again, _ = mesh.split("dp", 2)
+    found["cached"] = again is inside and mesh.channel(inside, "gather") is mesh.channel(inside, "gather")
+    return found
+
+
+def impossible(mesh: Any) -> list[str]:
+    said = []
+    for degrees in ({"tp": 3}, {"ep": 3}, {"pp": 0}):
+        try:
+            Mesh(rank=mesh.rank, size=mesh.size, device=torch.device("cpu"), **degrees)
+        except ConfigError as error:
+            said.append(str(error))
+    for call in (lambda: mesh.comm("no"), lambda: mesh.split("dp", 3)):
+        try:
+            call()
+        except ConfigError as error:
+            said.append(str(error))
+    return said
+
+
+def die(mesh: Any, how: str) -> str:
+    """The last rank is killed while the others wait for it: what they are told."""
+    comm = mesh.comm("dp")
+    comm.barrier()
+    if mesh.rank == mesh.size - 1:
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    try:
+        if how == "agree":
+            comm.agree([1])
+        elif how == "all_gather":
+            comm.all_gather(torch.empty(1000 * mesh.size), torch.empty(1000), "forward").wait()
+        else:
+            comm.exchange(torch.empty(mesh.size, 1000), torch.empty(mesh.size, 1000), "backward").wait()
+    except RankError as error:
+        return f"{time.monotonic() - began:.1f} {error}"
+    return "0 no error"
+
+
+__all__ = ["SetupError"]

@@ -1,0 +1,28 @@
+"""The ranks along named axes."""
+
+from __future__ import annotations
+
+from tests.worlds import Worlds
+
+
+def test_axes_of_four_ranks(world: Worlds) -> None:
+    found = world(4).run("tests.dist.cases", "axes")
+    for rank, axes in enumerate(found):
+        low = rank // 2 * 2
+        assert axes["ep"]["dp"] == (0, 1, 2, 3)
+        assert axes["ep"]["ep"] == (low, low + 1)
+        assert axes["ep"]["edp"] == (rank % 2, rank % 2 + 2)
+        assert axes["tp"]["tp"] == (low, low + 1)
+        assert axes["tp"]["dp"] == (rank % 2, rank % 2 + 2)
+        assert axes["tp"]["sum"] == [rank % 2 * 2 + 2]
+        assert axes["pp tp"]["pp"] == (rank % 2, rank % 2 + 2)
+        assert axes["pp tp"]["dp"] == (rank,)
+        assert axes["split"] == ((low, low + 1), (rank % 2, rank % 2 + 2), [2 * low + 1], [rank % 2 * 2 + 2])
+        assert axes["cached"]
+
+
+def test_impossible_degrees_are_told_with_their_numbers(world: Worlds) -> None:
+    for said in world(4).run("tests.dist.cases", "impossible"):
+        assert len(said) == 5
+        words = ["tp=3", "ep=3 does not divide the 4", "mesh.pp=0", "no axis 'no'", "groups of 3"]
+        assert all(word in message for word, message in zip(words, said, strict=True))
