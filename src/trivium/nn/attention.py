@@ -19,9 +19,7 @@ from trivium.nn.rope import document_starts, rotate
 class Attend(Protocol):
     """Scaled dot-product attention over the keys that the caller keeps; new keys and values come with the queries."""
 
-    def __call__(
-        self, q_BHTD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, *, layer: int
-    ) -> torch.Tensor:
+    def __call__(self, q_BHTD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, *, layer: int) -> torch.Tensor:
         """Return [B, H, T, D]. ``layer`` is the calling layer's index, by which a cache finds its pages."""
         ...
 
