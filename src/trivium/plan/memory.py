@@ -13,7 +13,7 @@ import torch
 
 from trivium.plan.activations import Activations
 from trivium.plan.inventory import PlannedFlat, PlannedUnit
-from trivium.zero.placement import ZeroConfig, piece_numel, slot_copies, slot_numel
+from trivium.zero.placement import ZeroConfig, slot_bytes, slot_copies
 
 ADAMW_COPIES = 2
 NO_ACTIVATIONS = Activations()
@@ -107,14 +107,10 @@ def _gathered(units: Sequence[PlannedUnit], zero: ZeroConfig) -> int:
 
 
 def _buffers(trainable: Sequence[PlannedFlat], zero: ZeroConfig) -> int:
-    """Send and receive buffers: one set for each number of ranks and dtype, as large as its largest flat needs."""
-    needed: dict[tuple[int, torch.dtype], int] = {}
-    for flat in trainable:
-        if flat.layout.part_numel:
-            step = piece_numel(flat.world, zero.bucket_bytes, flat.dtype.itemsize)
-            key = (flat.world, flat.dtype)
-            needed[key] = max(needed.get(key, 0), slot_numel(flat.world, flat.layout.part_numel, step))
-    return sum(slot_copies(ranks) * numel * dtype.itemsize for (ranks, dtype), numel in needed.items())
+    """Send and receive buffers: one set that all flats share, as large as the largest need."""
+    flats = [flat for flat in trainable if flat.layout.part_numel]
+    needs = [slot_bytes(flat.world, flat.layout.part_numel, flat.dtype.itemsize, zero.bucket_bytes) for flat in flats]
+    return max(needs, default=0) * max((slot_copies(flat.world) for flat in flats), default=0)
 
 
 def _keeps_sums(zero: ZeroConfig, accumulation: int, no_sync: bool) -> bool:

@@ -26,6 +26,7 @@ from torch import nn
 from trivium.base.errors import ConfigError
 from trivium.dist.comm import Comm
 from trivium.memory.meter import Meter
+from trivium.zero import usage
 from trivium.zero.bucket import Reducer
 from trivium.zero.conductor import Conductor, Meeting, Rows
 from trivium.zero.flat import Flat
@@ -33,8 +34,6 @@ from trivium.zero.placement import ZeroConfig
 from trivium.zero.scale import LossScale
 from trivium.zero.torch_private import at_end_of_backward, backward_id
 from trivium.zero.unit import Unit
-
-_WORD = 62
 
 
 class Engine:
@@ -50,7 +49,7 @@ class Engine:
         self.syncs = True
         self.finite = True
         self.num_params = sum(len(flat.params) for flat in self.trainable)
-        num_words = 2 + -(-self.num_params // _WORD)
+        num_words = 1 + max(1, usage.num_words(self.num_params))
         room = len(units) if config.keep_gathered else 2
         self.conductor = Conductor(
             units,
@@ -305,13 +304,13 @@ class Engine:
         """How far this rank has launched, and a bit per parameter that has a gradient here."""
         return [
             self._launched,
-            *_packed([param in unit.arrived or param.grad is not None for unit, param in self._params()]),
+            *usage.pack([param in unit.arrived or param.grad is not None for unit, param in self._params()]),
         ]
 
     def unreduced(self) -> list[int]:
         """Words like those of a reduction, for gradients that backward passes under `no_sync` left on this rank."""
         marked = {id(param) for number in self._marked for param in self.trainable[number].params}
-        return [0, *_packed([param.grad is not None and id(param) not in marked for _, param in self._params()])]
+        return [0, *usage.pack([param.grad is not None and id(param) not in marked for _, param in self._params()])]
 
     def _params(self) -> Iterator[tuple[Unit, nn.Parameter]]:
         for unit in self.units:
@@ -331,7 +330,9 @@ class Engine:
             self._unmark()
             self._begin_reduction()
         reducing = [row for row in rows if row[0] == Meeting.REDUCE]
-        used = self._used_by_anyone([row for row in rows if row[0] in (Meeting.REDUCE, Meeting.STEP, Meeting.CLIP)])
+        end = 2 + usage.num_words(self.num_params)
+        told = [row[2:end] for row in rows if row[0] in (Meeting.REDUCE, Meeting.STEP, Meeting.CLIP)]
+        used = usage.used_by_anyone(told, [len(flat.params) for flat in self.trainable])
         for number in self._order[self._launched : max(row[1] for row in reducing)]:
             self._launch(number)
         for number in self._order[self._launched :]:
@@ -341,23 +342,6 @@ class Engine:
         self.reducer.finish()
         self._complete(used)
         self._learn_order()
-
-    def _used_by_anyone(self, rows: Rows) -> list[set[int]]:
-        together = [0] * (len(rows[0]) - 2)
-        for row in rows:
-            together = [mine | theirs for mine, theirs in zip(together, row[2:], strict=True)]
-        used: list[set[int]] = []
-        position = 0
-        for flat in self.trainable:
-            used.append(
-                {
-                    index
-                    for index in range(len(flat.params))
-                    if together[(position + index) // _WORD] >> (position + index) % _WORD & 1
-                }
-            )
-            position += len(flat.params)
-        return used
 
     def _complete(self, used: Sequence[set[int]]) -> None:
         handles = [self.reducer.complete(flat) for flat, indices in zip(self.trainable, used, strict=True) if indices]
@@ -405,10 +389,3 @@ class Engine:
             unit.reset()
         self.release(keep=False)
         self._in_backward = False
-
-
-def _packed(bits: Sequence[bool]) -> list[int]:
-    return [
-        sum(bit << place for place, bit in enumerate(bits[start : start + _WORD]))
-        for start in range(0, len(bits), _WORD)
-    ]
