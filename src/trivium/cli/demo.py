@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -132,13 +133,14 @@ class _Demo:
         sets = ("--set", f"checkpoint.every={SAVED_EVERY}", "--set", f"run={json.dumps(str(self.folder / 'killed'))}")
         fault = f"checkpoint.shard:1:{KILLED_AT}:kill9"
         killed = self._train("same", demo_runs.RANKS, *sets, environment={"TRIVIUM_FAULT": fault}, quiet=True)
-        told = f"  rank 1 of {demo_runs.RANKS} killed while saving step {KILLED_AT}: exit code {killed.returncode}"
-        self.console.print(told)
-        resumed = self._train("same", 1, *sets, "--resume", "must", quiet=True)
-        answer = _answer(resumed)
-        self.console.print(f"  resumed on 1 rank from step {KILLED_AT - SAVED_EVERY}: {answer['sha256'][:40]}…")
-        kept = killed.returncode != 0 and answer["sha256"] == self._hash
-        self._promise(kept, "killed while saving, resumed on another number of ranks: the same hash")
+        by_signal = killed.returncode != 0 and f"signal {signal.SIGKILL.value}" in killed.stderr
+        self._promise(by_signal, f"rank 1 of {demo_runs.RANKS} killed (SIGKILL) while saving step {KILLED_AT}")
+        answer = _answer(self._train("same", 1, *sets, "--resume", "must", quiet=True))
+        metrics = (self.folder / "killed" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        starts = [row["step"] for row in map(json.loads, metrics) if row["kind"] == "start"]
+        self.console.print(f"  resumed on 1 rank from step {starts[-1]}: {answer['sha256'][:40]}…")
+        kept = starts[-1] == KILLED_AT - SAVED_EVERY and answer["sha256"] == self._hash
+        self._promise(kept, "resumed on another number of ranks: the same hash")
 
     def learn(self) -> None:
         """A small language model at stage 3 on real text, against counting alone; plan beside measured."""

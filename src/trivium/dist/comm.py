@@ -192,14 +192,6 @@ class Comm:
         columns = zip(*self.agree(numbers), strict=True)
         return [sum(column) if op == "sum" else max(column) for column in columns]
 
-    def all_reduce_bits(self, bits: torch.Tensor) -> torch.Tensor:
-        """Element-wise maximum of a uint8 tensor over the ranks, in the agree phase."""
-        if self.size == 1:
-            return bits
-        everyone = torch.empty(self.size * bits.numel(), dtype=torch.uint8, device=bits.device)
-        self.all_gather(everyone, bits, "agree").wait()
-        return everyone.view(self.size, -1).amax(0)
-
     def barrier(self) -> None:
         """Return when every rank has come here."""
         self.agree([0])

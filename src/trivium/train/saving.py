@@ -61,7 +61,7 @@ def save(config: TrainConfig, parts: Parts, mesh: Mesh, progress: Progress) -> P
             keep_last=config.checkpoint.keep_last,
             overwrite=True,
         )
-    except (CheckpointError, CapacityError) as error:
+    except (CheckpointError, CapacityError, ConfigError) as error:
         if config.checkpoint.on_save_error == "stop":
             raise
         log.get().warning("step %d was not saved, training goes on: %s", progress.step, error)

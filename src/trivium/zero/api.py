@@ -19,11 +19,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from trivium.base import log
 from trivium.base.errors import ConfigError, MismatchError
 from trivium.dist.mesh import Mesh
 from trivium.dist.shard import Entry, Piece, ShardMap, attach_shard_map, shard_map_of
 from trivium.memory.meter import Meter
 from trivium.memory.pages import recycled_pages
+from trivium.zero.agreement import agree_on_model, agree_on_units, agree_on_values, check_optimizers
 from trivium.zero.conductor import Meeting
 from trivium.zero.engine import Engine
 from trivium.zero.flat import Comms, Flat
@@ -110,14 +112,16 @@ def shard(
     if shard_map_of(model) is not None:
         raise ConfigError("this model is sharded already: shard a module once")
     optimizers = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-    _agree_on_model(model, optimizers, mesh, config)
+    check_optimizers(model, optimizers)
+    agree_on_model(model, optimizers, mesh, config)
     owner: dict[int, tuple[int, Cut]] = {}
     for number, one in enumerate(optimizers):
         cut = cut_of(one, elementwise)
         for group in one.param_groups:
             owner.update((id(param), (number, cut)) for param in group["params"])
     specs = assign(model, units, owner)
-    _agree_on_units(specs, mesh)
+    agree_on_units(specs, mesh)
+    agree_on_values(model, specs, mesh)
     meter = Meter()
     replaced = replace_meta(model, mesh.device)
     fill_buffers(model, mesh.device, init, seed)
@@ -174,19 +178,20 @@ def iter_full(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers()
 
 
-def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+def full_state_dict(model: nn.Module) -> dict[str, Any]:
     """On rank 0 exactly the bare module's ``state_dict`` (tied names twice, buffers too) as host tensors; elsewhere {}.
 
     Collective; gathers one unit at a time.
     """
     engine = engine_of(model)
     first = engine.control.rank == 0
-    values = {name: tensor.cpu().clone() for name, tensor in iter_full(model) if first}
+    values: dict[str, Any] = {name: tensor.cpu().clone() for name, tensor in iter_full(model) if first}
     if not first:
         return {}
-    aliases = {name: canonical for canonical, names in names_by_identity(model).items() for name in names}
-    keys = _state_keys(model)
-    return {key: values[aliases.get(key, key)] for key in keys if aliases.get(key, key) in values}
+    for canonical, names in names_by_identity(model).items():
+        values.update((name, values[canonical]) for name in names)
+    values.update((name, buffer.cpu().clone()) for name, buffer in model.named_buffers(remove_duplicate=False))
+    return {key: values[key] if extra is None else extra() for key, extra in _state_keys(model)}
 
 
 def engine_of(module: nn.Module) -> Engine:
@@ -232,36 +237,10 @@ def _configure(config: ZeroConfig | None, options: dict[str, Any]) -> ZeroConfig
     for name in options:
         if name not in allowed:
             raise ConfigError(f"shard got an unknown option {name!r}: expected one of {', '.join(allowed)}")
-    return replace(config or ZeroConfig(), **options)
-
-
-def _agree_on_model(model: nn.Module, optimizers: Sequence[Optimizer], mesh: Mesh, config: ZeroConfig) -> None:
-    described = [
-        [name, str(param.dtype), list(param.shape), param.requires_grad] for name, param in model.named_parameters()
-    ]
-    everyone = mesh.comm("dp").all_gather_json(described)
-    for rank, other in enumerate(everyone):
-        for mine, theirs in zip(everyone[0], other, strict=False):
-            if mine != theirs:
-                mesh.comm("dp").require_equal(theirs if mesh.data_rank == rank else mine, "the model's parameter")
-        if len(other) != len(everyone[0]):
-            mesh.comm("dp").require_equal(len(described), "the model's number of parameters")
-    mesh.comm("dp").require_equal(repr(config), "the [zero] configuration")
-    mesh.comm("dp").require_equal([type(one).__name__ for one in optimizers], "the list of optimizers")
-
-
-def _agree_on_units(specs: Sequence[UnitSpec], mesh: Mesh) -> None:
-    """The same modules gathered together everywhere, and the same parameters under each optimizer."""
-    described = [
-        [spec.name, sorted([key.axis, key.cut, str(key.optimizer), *names] for key, names in spec.flats.items())]
-        for spec in specs
-    ]
-    comm = mesh.comm("dp")
-    comm.require_equal(len(described), "the number of units")
-    everyone = comm.all_gather_json([zlib.crc32(repr(one).encode()) for one in described])
-    for place, one in enumerate(described):
-        if len({numbers[place] for numbers in everyone}) > 1:
-            comm.require_equal(one, "the unit (module, its parameters and their optimizers)")
+    made = replace(config or ZeroConfig(), **options)
+    if made.keep_gathered and not made.row.parameter:
+        log.get().warning("zero.keep_gathered has no effect at stage %d: parameters are always whole", made.stage)
+    return made
 
 
 def _build(
@@ -360,15 +339,15 @@ def _publisher(engine: Engine) -> Callable[[], None]:
     return publish
 
 
-def _state_keys(model: nn.Module) -> list[str]:
-    persistent = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    keys: list[str] = []
+def _state_keys(model: nn.Module) -> Iterator[tuple[str, Callable[[], Any] | None]]:
+    """The keys of the bare module's ``state_dict``; what gives a module's extra state comes with its key."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
-        keys += [dot + name for name, param in module._parameters.items() if param is not None]
-        keys += [
-            dot + name
-            for name, buffer in module._buffers.items()
-            if buffer is not None and name not in module._non_persistent_buffers_set
-        ]
-    return keys or persistent
+        for name, param in module._parameters.items():
+            if param is not None:
+                yield dot + name, None
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield dot + name, None
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            yield dot + "_extra_state", module.get_extra_state

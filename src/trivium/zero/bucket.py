@@ -101,7 +101,7 @@ class Reducer:
         else:
             self._continues.add(key)
         if apart and key not in self._sums:
-            self._sums[key] = torch.zeros(flat.layout.part_numel, dtype=self._sum_dtype(flat), device=flat.device)
+            self._sums[key] = torch.zeros(flat.layout.part_numel, dtype=self.gradient_dtype(flat), device=flat.device)
             self._meter.add("sums", self._sums[key].numel() * self._sums[key].element_size())
             if accumulate:
                 self._sums[key].copy_(flat.own_part())
@@ -113,10 +113,6 @@ class Reducer:
         for total in self._sums.values():
             self._meter.add("sums", -total.numel() * total.element_size())
         self._sums.clear()
-
-    def keeps(self, flat: Flat) -> bool:
-        """Whether an undivided sum of ``flat`` is kept apart."""
-        return id(flat) in self._sums
 
     def reduce(self, flat: Flat, gradients: Gradients) -> None:
         """Queue ``flat``; ``gradients[i]`` is this rank's gradient of parameter i, None where it has none.
@@ -185,6 +181,7 @@ class Reducer:
             return
         flat, (start, length), world = job.flat, piece, job.flat.comms.world
         native = (self._config.reduce if self._config.reduce != "auto" else world.default_reduce) == "native"
+        native = native and not (flat.low_precision and self._config.reduce_dtype == "float32")  # it adds in 16 bits
         send_Nc, received_Nc = self._slot(flat, length)
         in_place = self._sends_in_place(flat, native)
         if in_place:
@@ -242,9 +239,6 @@ class Reducer:
     def _average(self, flat: Flat, part: torch.Tensor) -> None:
         if self._config.average and flat.comms.world.size > 1:
             part.div_(flat.comms.world.size)
-
-    def _sum_dtype(self, flat: Flat) -> torch.dtype:
-        return self.gradient_dtype(flat)
 
 
 def _fold(target: torch.Tensor, rows: Sequence[torch.Tensor], *, afresh: bool, own: int) -> None:

@@ -78,6 +78,8 @@ class Engine:
         self._deferred = False
         self._micro_batches = 0
         self._accumulating: bool | None = None
+        self.scale_in_use = scale.value
+        self._counted = True
 
     # ------------------------------------------------------------------ forward
 
@@ -219,15 +221,20 @@ class Engine:
                 segment = flat.segments[index]
                 if segment is not None:
                     segment.grad = None
-        self.finite = True
+        if not self._has_sum:
+            self.finite = True
         self._learn_accumulation()
 
     def used_parts(self, flats: Sequence[Flat]) -> list[torch.Tensor]:
         """What this rank reduced of the flats that have a gradient: each element of the model on one rank only."""
         return [flat.own_part() for flat in flats if self._used.get(self._number[id(flat)])]
 
-    def after_step(self) -> None:
-        """A step was taken or skipped: free what only accumulation needs, unless gradients accumulate here."""
+    def after_step(self, *, finite: bool) -> None:
+        """A step was taken (``finite``) or skipped, the first of possibly several optimizers': free what only
+        accumulation needs, unless gradients accumulate here."""
+        if not self._counted:
+            self._counted = True
+            self.scale.update(finite=finite)
         self._learn_accumulation()
         if not self._accumulating:
             self.reducer.drop_sums()
@@ -341,6 +348,7 @@ class Engine:
         self._launched = len(self._order)
         self.reducer.finish()
         self._complete(used)
+        self.scale_in_use, self._counted = self.scale.value, False
         self._learn_order()
 
     def _complete(self, used: Sequence[set[int]]) -> None:

@@ -43,15 +43,39 @@ def install(engine: Engine) -> None:
             module.register_load_state_dict_pre_hook(partial(_refuse_writing, own))  # type: ignore[no-untyped-call]
 
 
-def _before(engine: Engine, unit: Unit, is_root: bool, module: nn.Module, args: Any, kwargs: Any) -> None:
+def _before(engine: Engine, unit: Unit, is_root: bool, module: nn.Module, args: Any, kwargs: Any) -> Any:
     if is_root:
         engine.begin_forward()
     engine.enter(unit)
+    changed = None
+    if is_root and engine.scale.value != 1.0 and torch.is_grad_enabled() and not engine.recomputing:
+        args, kwargs = changed = _pytree.tree_map_only(
+            torch.Tensor, lambda x: _unscaled(x, engine.scale.value) if x.requires_grad else x, (args, kwargs)
+        )
     if torch.is_grad_enabled() and not engine.recomputing and unit.sharded:
         inputs = _differentiable((args, kwargs))
         if inputs:
             unit.pending_inputs += 1
             register_multi_grad_hook(inputs, lambda grads: engine.pass_inputs(unit))
+    return changed
+
+
+class _Unscaled(torch.autograd.Function):
+    """Passes a value into the model; its gradient leaves the model without the loss scale."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.scale = scale
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0] / ctx.scale, None
+
+
+def _unscaled(value: torch.Tensor, scale: float) -> torch.Tensor:
+    passed: torch.Tensor = _Unscaled.apply(value, scale)  # type: ignore[no-untyped-call]
+    return passed
 
 
 def _after(engine: Engine, unit: Unit, is_root: bool, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

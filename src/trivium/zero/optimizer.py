@@ -5,7 +5,8 @@ ZeRO section 5.1 (P_os): each rank updates its partition, then parameters are ga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,17 +21,21 @@ from trivium.zero.flat import Flat
 from trivium.zero.norm import order_free_norm
 from trivium.zero.placement import Cut
 
-_CUTS: dict[str, Cut] = {
-    **dict.fromkeys(
-        ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "ASGD", "Adadelta", "Adagrad", "RMSprop", "Rprop"),
-        "element",
-    ),
-    **dict.fromkeys(("Muon", "Adafactor"), "parameter"),
-}
-_REFUSED = {
-    "LBFGS": "it looks at all parameters at once and re-evaluates the loss",
-    "SparseAdam": "it needs sparse gradients, which are not reduced here",
-}
+_CUTS: Mapping[str, Cut] = MappingProxyType(
+    {
+        **dict.fromkeys(
+            ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "ASGD", "Adadelta", "Adagrad", "RMSprop", "Rprop"),
+            "element",
+        ),
+        **dict.fromkeys(("Muon", "Adafactor"), "parameter"),
+    }
+)
+_REFUSED = MappingProxyType(
+    {
+        "LBFGS": "it looks at all parameters at once and re-evaluates the loss",
+        "SparseAdam": "it needs sparse gradients, which are not reduced here",
+    }
+)
 
 
 def cut_of(optimizer: Optimizer, elementwise: bool) -> Cut:
@@ -92,7 +97,8 @@ class ZeroOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients; ``set_to_none=False`` is the same, since absent gradients are skipped."""
-        self._engine.zero_grad(self._flats)
+        orphans = [flat for flat in self._engine.trainable if flat.optimizer is None]
+        self._engine.zero_grad([*self._flats, *orphans])
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale gradients so that their norm over all ranks is at most ``max_norm``; returns the norm before (fp64,
@@ -116,8 +122,7 @@ class ZeroOptimizer(Optimizer):
         if finite:
             engine.release(keep=False)
             self._step()
-        engine.scale.update(finite=finite)
-        engine.after_step()
+        engine.after_step(finite=finite)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,7 +148,8 @@ class ZeroOptimizer(Optimizer):
                 mine = {id(segment) for flat in chunk for segment in flat.segments if segment is not None}
                 for group, params in zip(groups, everything, strict=True):
                     group["params"] = [param for param in params if id(param) in mine]
-                restore = [_widen(flat, self._engine.scale.value) for flat in chunk if flat.low_precision]
+                scale = self._engine.scale_in_use
+                restore = [_widen(flat, scale) for flat in chunk if flat.low_precision or scale != 1.0]
                 self._inner.step()
                 for put_back in restore:
                     put_back()
@@ -173,7 +179,7 @@ def clip_grad_norm_(optimizers: Sequence[ZeroOptimizer], max_norm: float) -> tor
     engine = optimizers[0]._engine
     engine.come_to(Meeting.CLIP)
     flats = [flat for optimizer in optimizers for flat in optimizer._flats]
-    norm = order_free_norm(engine.used_parts(flats), engine.control) / engine.scale.value
+    norm = order_free_norm(engine.used_parts(flats), engine.control) / engine.scale_in_use
     factor = max_norm / (norm + 1e-6)
     if factor < 1.0:
         for optimizer in optimizers:
@@ -225,16 +231,16 @@ def _cut_state(value: Any, flat: Flat, index: int) -> Any:
 
 
 def _widen(flat: Flat, scale: float) -> Callable[[], None]:
-    """Let the fp32 segments of a 16-bit flat see their gradients in fp32, unscaled, for one step; returns what undoes
-    it."""
+    """Let segments see their gradients in their own dtype, unscaled, for one step; returns what undoes it."""
     kept: list[tuple[nn.Parameter, torch.Tensor]] = []
     for segment in flat.segments:
         if segment is not None and segment.grad is not None:
             narrow = segment.grad
             kept.append((segment, narrow))
             segment.grad = None
-            segment.grad_dtype = torch.float32
-            segment.grad = narrow.float().div_(scale)
+            segment.grad_dtype = segment.dtype
+            wide = narrow.to(segment.dtype)
+            segment.grad = wide / scale if scale != 1.0 else wide
 
     def put_back() -> None:
         for segment, narrow in kept:

@@ -12,12 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from trivium.base.errors import ConfigError
 
 Cut = Literal["element", "parameter"]
 CHUNK = 16
+_WORDS = MappingProxyType(
+    {
+        "reduce": ("auto", "ordered", "native"),
+        "reduce_dtype": ("float32", "parameter"),
+        "gradient_dtype": ("parameter", "float32"),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +73,14 @@ class ZeroConfig:
     def __post_init__(self) -> None:
         if isinstance(self.stage, bool) or self.stage not in range(len(STAGES)):
             raise ConfigError(f"zero.stage={self.stage}: expected 0 to 3")
+        for name, allowed in _WORDS.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"zero.{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        for name in ("bucket_bytes", "prefetch", *(("shard_size",) if self.shard_size is not None else ())):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
+                raise ConfigError(f"zero.{name}={getattr(self, name)!r}: expected a whole number")
+        if isinstance(self.loss_scale, str) and self.loss_scale not in ("auto", "dynamic"):
+            raise ConfigError(f"zero.loss_scale={self.loss_scale!r}: expected a positive number, 'auto' or 'dynamic'")
         if self.bucket_bytes < 1024:
             raise ConfigError(f"zero.bucket_bytes={self.bucket_bytes}: expected 1024 or more")
         if self.prefetch < 0:

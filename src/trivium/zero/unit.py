@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.autograd.graph import Node, get_gradient_edge
 
+from trivium.base.errors import ConfigError
 from trivium.zero.flat import Flat, State
 from trivium.zero.torch_private import will_receive_gradient
 
@@ -27,6 +28,12 @@ class Unit:
         self._nodes: list[tuple[nn.Parameter, Node]] = [
             (param, get_gradient_edge(param).node) for flat in self.flats if flat.trainable for param in flat.params
         ]
+
+    def __deepcopy__(self, memo: object) -> Unit:
+        raise ConfigError(
+            "a sharded model cannot be copied: its hooks and memory belong to this one; copy what "
+            "trivium.zero.full_state_dict gives"
+        )
 
     @property
     def sharded(self) -> bool:
@@ -72,7 +79,12 @@ class Unit:
 
     def expect(self) -> None:
         """Note which parameters will receive a gradient in the backward pass under way."""
-        self.expected = {param for param, node in self._nodes if will_receive_gradient(node)}
+        try:
+            self.expected = {param for param, node in self._nodes if will_receive_gradient(node)}
+        except RuntimeError as error:
+            raise ConfigError(
+                "torch.autograd.grad does not reduce gradients: call .backward() on a sharded model's loss"
+            ) from error
 
     @property
     def complete(self) -> bool:
