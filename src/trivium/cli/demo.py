@@ -164,7 +164,7 @@ class _Demo:
 
     def answer(self) -> None:
         """A model trained on generated tasks answers inputs that it has never seen."""
-        self._head("4", "Answers that can be checked: generated tasks, held-out inputs, stage 3, 2 ranks")
+        self._head("4", "Answers that can be checked: generated tasks, held-out inputs, stage 3")
         answer = _answer(self._train("tasks", demo_runs.RANKS))
         for prompt, written in answer["samples"]:
             self.console.print(f"  {prompt}{written}")
@@ -182,7 +182,7 @@ class _Demo:
         program = Path(sys.executable).with_name("trivium")
         shown = os.path.relpath(program) if program.is_file() else "trivium"
         self.console.print(f"  next: {shown} train configs/stdlib.toml --ranks 2", soft_wrap=True)
-        self.console.print("        your own text: --set 'data.paths=[\"folder\"]'; more: docs/getting-started.md")
+        self.console.print("        your own text: --set 'data.paths=[\"folder\"]'")
 
     def _same_count(self) -> int:
         from trivium.base import config as configs

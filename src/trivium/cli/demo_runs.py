@@ -44,10 +44,10 @@ def text(folder: Path) -> Mapping[str, Any]:
         "schedule": {"kind": "wsd", "warmup_steps": 20, "min_ratio": 0.02, "decay_fraction": 0.4},
         "zero": {"stage": 3},
         "train": {
-            "steps": 300,
+            "steps": 220,
             "micro_batch": 8,
             "batch": 16,
-            "validate_every": 100,
+            "validate_every": 110,
             "validation_batches": 0,
             "log_every": 50,
         },
