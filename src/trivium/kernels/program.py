@@ -1,0 +1,285 @@
+"""A step of a language model as a flat list of operations on numbered registers: what backends run in one call.
+
+DeepSpeed Inference section 3.1: a list without Python between its operations is what lets a backend fuse across them.
+
+Shapes: T tokens of a step (of all its requests, flat), R rows whose logits are wanted, V vocabulary, S sequences.
+Registers are fp32 [T, width] (after `Rows` [R, width]); an operation reads and writes `Span`s of columns of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from trivium.kernels.matrix import Matrix
+
+Activation = Literal["none", "silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "tanh"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Columns ``start … start + width`` of a register."""
+
+    register: int
+    start: int
+    width: int
+
+
+class Operation:
+    """Base of all operations. Every subclass is a frozen, keyword-only dataclass: data, no behaviour."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed(Operation):
+    """out = scale · table[token] + positions[position + position_offset] (the latter when there is such a table).
+
+    ``table`` is [V, width], ``positions`` [P, width], in their storage dtype.
+    """
+
+    out: Span
+    table: torch.Tensor
+    scale: float = 1.0
+    positions: torch.Tensor | None = None
+    position_offset: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm(Operation):
+    """RMS or layer norm of ``x``, in groups of ``group`` columns (a head's width for norms per head; else x.width).
+
+    out = normalised · (offset + weight) + bias; ``weight`` and ``bias`` fp32: [group], or [x.width] when each
+    column has its own (norms per head with separate weights), or None.
+    """
+
+    x: Span
+    out: Span
+    group: int
+    kind: Literal["rms", "layer"]
+    eps: float
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Operation):
+    """out = activation(x · weightᵀ + bias) · scale, plus ``add`` (a span of out's width) when given."""
+
+    x: Span
+    out: Span
+    weight: Matrix
+    bias: torch.Tensor | None = None
+    activation: Activation = "none"
+    scale: float = 1.0
+    add: Span | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gated(Operation):
+    """out = activation(x · gateᵀ + gate_bias) ∘ (x · upᵀ + up_bias): the first half of a gated MLP."""
+
+    x: Span
+    out: Span
+    gate: Matrix
+    up: Matrix
+    activation: Activation
+    gate_bias: torch.Tensor | None = None
+    up_bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadLinear(Operation):
+    """Per head h: out[h] = x[h] · weights[h]ᵀ (latent attention's absorbed projections).
+
+    ``x`` holds ``len(weights)`` heads, head h at column ``x.start + h · x_stride``; ``out`` likewise.
+    """
+
+    x: Span
+    out: Span
+    weights: tuple[Matrix, ...]
+    x_stride: int
+    out_stride: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope(Operation):
+    """Rotate, in place, ``heads`` heads of ``head_dim`` columns (``x.width = heads · head_dim``).
+
+    Of each head the columns ``first … first + 2·D`` turn, by angles ``table[position]``: fp32 [P, 2·D], D cosines,
+    then D sines (any scaling and attention factor is folded in). ``interleaved`` pairs (0,1),(2,3)…; else (i, i + D).
+    """
+
+    x: Span
+    heads: int
+    head_dim: int
+    table: torch.Tensor
+    interleaved: bool = False
+    first: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attend(Operation):
+    """Write this step's keys and values into cache ``cache``, then causal attention of each query over its sequence.
+
+    ``q`` is heads · head_dim wide, ``k`` kv_heads · head_dim, ``v`` kv_heads · value_dim (None: the first
+    ``value_dim`` columns of each key are the value: a latent cache), ``out`` heads · value_dim. A query at position
+    p sees positions max(0, p − window + 1) … p. Scores are scale · q·k, then softcap · tanh(s / softcap), then
+    + slopes[h] · (key position − query position); ``sinks`` [heads] joins the softmax's denominator alone.
+    """
+
+    q: Span
+    k: Span
+    v: Span | None
+    out: Span
+    cache: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    slopes: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combine(Operation):
+    """Element-wise: ``add`` out = a + scale·b; ``multiply`` out = scale·a∘b (b of width 1 is spread over columns).
+
+    With ``b`` None: ``scale`` out = scale·a; ``clip`` out = a clamped to ±scale; ``softcap`` out = scale·tanh(a/scale);
+    any name of `Activation` out = activation(a).
+    """
+
+    kind: Literal["add", "multiply", "scale", "clip", "softcap"] | Activation
+    a: Span
+    out: Span
+    b: Span | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expert:
+    """One expert's weights, anywhere in memory: a gated MLP, or a plain one when ``gate`` is None."""
+
+    up: Matrix
+    down: Matrix
+    gate: Matrix | None = None
+    up_bias: torch.Tensor | None = None
+    gate_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """How a router's logits [T, E] become ``top_k`` experts and weights (DeepSpeed-MoE section 5.4).
+
+    ``scores``: softmax over all experts, sigmoid of each, or softmax over the chosen (``"chosen"``). ``correction`` [E]
+    is added for the choice alone. With ``groups`` > 1 only the ``top_groups`` groups (best by the sum of their two
+    highest corrected scores, or the highest one when ``group_by`` is "max") stay eligible. Weights are the scores of
+    the chosen, divided by their sum (+ ``renormalise_eps``) when ``renormalise``, times ``scale``. Equal scores: lower
+    expert first.
+    """
+
+    top_k: int
+    scores: Literal["softmax", "sigmoid", "chosen"]
+    renormalise: bool = False
+    renormalise_eps: float = 0.0
+    scale: float = 1.0
+    correction: torch.Tensor | None = None
+    groups: int = 1
+    top_groups: int = 1
+    group_by: Literal["top2", "max"] = "top2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts(Operation):
+    """out = Σ over a token's chosen experts of weight · expert(x), + ``add``. ``logits`` [.., E] come from a `Linear`.
+
+    ``clamp`` is gpt-oss's gated activation: gate clamped above, up to ±clamp, (up + 1) · gate · sigmoid(1.702 · gate).
+    ``layer`` is where the routing (experts int32 [T, K], weights fp32 [T, K]) is handed out, or replayed from.
+    """
+
+    x: Span
+    out: Span
+    logits: Span
+    experts: tuple[Expert, ...]
+    gate: Gate
+    activation: Activation
+    layer: int
+    clamp: float | None = None
+    add: Span | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(Operation):
+    """out[r] = x[output_rows[r]]: from here on registers written have R rows."""
+
+    x: Span
+    out: Span
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """What one layer keeps per token: keys of kv_heads · head_dim, values of kv_heads · value_dim (0: latent).
+
+    ``window``: tokens further back are never read again; None: all are.
+    """
+
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    window: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A model's step. ``logits`` is the span [R, V] that it ends in; ``hidden`` the last norm's output [R, dim]."""
+
+    widths: tuple[int, ...]
+    operations: tuple[Operation, ...]
+    caches: tuple[CacheSpec, ...]
+    logits: Span
+    hidden: Span
+    num_moe_layers: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One step's tokens, all int32 on the CPU, tokens of one sequence adjacent and in rising position.
+
+    token_ids, positions, sequences [T] (``sequences[t]``: the token's row of ``block_tables``); block_tables [S, B]
+    (entry p // block_size holds position p; unused: -1); output_rows [R]. ``routing``: replayed choices per MoE layer,
+    (experts int32 [T, K]), or None.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    sequences: torch.Tensor
+    block_tables: torch.Tensor
+    output_rows: torch.Tensor
+    routing: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """One layer's paged keys and values: [blocks, kv_heads, block_size, head_dim] and […, value_dim] (None: latent).
+
+    fp32, bf16, or int8 with ``key_scales`` and ``value_scales`` fp32 [blocks, kv_heads, block_size].
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor | None
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """logits fp32 [R, V]; hidden fp32 [R, dim]; routing per MoE layer: experts int32, weights fp32, both [T, K]."""
+
+    logits: torch.Tensor
+    hidden: torch.Tensor
+    routing: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
