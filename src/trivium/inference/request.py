@@ -153,7 +153,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """What `Request.collect` asked for, on the CPU, a row per position computed (the last token of an answer has none)."""
+    """What `Request.collect` asked for, on the CPU, a row per position (an answer's last token has none)."""
 
     logits: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
