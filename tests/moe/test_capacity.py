@@ -29,7 +29,7 @@ def test_capacity(tokens: int, experts: int, top_k: int, factor: float, expected
     experts=st.lists(st.permutations(range(4)), max_size=12),
     top_k=st.integers(1, 4),
     limit=st.integers(1, 5),
-    policy=st.sampled_from(["position", "score"]),
+    policy=st.sampled_from(["position", "score", "random"]),
     seed=st.integers(0, 99),
 )
 def test_keep_is_a_plain_loop(experts: list[list[int]], top_k: int, limit: int, policy: Policy, seed: int) -> None:
@@ -38,9 +38,12 @@ def test_keep_is_a_plain_loop(experts: list[list[int]], top_k: int, limit: int, 
     queue = [(k, t) for k in range(top_k) for t in range(len(experts))]
     if policy == "score":
         queue.sort(key=lambda slot: -float(weights_TK[slot[1], slot[0]]))
+    drawn_T = torch.randint(9, (len(experts),), generator=torch.Generator().manual_seed(seed))
+    if policy == "random":
+        queue.sort(key=lambda slot: (slot[0], int(drawn_T[slot[1]])))
     expected, room = torch.zeros_like(experts_TK, dtype=torch.bool), [limit] * 4
     for k, t in queue:
         expert = int(experts_TK[t, k])
         expected[t, k] = room[expert] > 0
         room[expert] -= 1
-    assert torch.equal(keep(experts_TK, weights_TK, 4, limit, policy), expected)
+    assert torch.equal(keep(experts_TK, weights_TK, 4, limit, policy, drawn_T), expected)

@@ -14,7 +14,7 @@ import torch
 
 from trivium.base.errors import ConfigError
 
-Policy = Literal["position", "score"]
+Policy = Literal["position", "score", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,9 @@ class CapacityConfig:
     """``factor`` × the even share of choices, at least ``minimum``; ``policy`` says whom a full expert drops.
 
     ``position``: first choices come before second ones, earlier tokens before later ones. ``score``: the greater
-    weight comes first, ties by position. Weights of the choices that stay are not changed.
+    weight comes first, ties by position. ``random`` (random token selection): first choices come before second ones,
+    tokens in an order drawn anew in each step; in eval as ``position``. Weights of the choices that stay are not
+    changed.
     """
 
     factor: float
@@ -34,8 +36,8 @@ class CapacityConfig:
             raise ConfigError(f"capacity_factor={self.factor}: expected a number above 0, or None to drop nothing")
         if self.minimum < 1:
             raise ConfigError(f"min_capacity={self.minimum}: expected 1 or more")
-        if self.policy not in ("position", "score"):
-            raise ConfigError(f"drop_policy={self.policy!r}: expected 'position' or 'score'")
+        if self.policy not in ("position", "score", "random"):
+            raise ConfigError(f"drop_policy={self.policy!r}: expected 'position', 'score' or 'random'")
 
 
 def capacity(num_tokens: int, num_experts: int, top_k: int, config: CapacityConfig) -> int:
@@ -45,14 +47,25 @@ def capacity(num_tokens: int, num_experts: int, top_k: int, config: CapacityConf
 
 
 def keep(
-    experts_TK: torch.Tensor, weights_TK: torch.Tensor, num_experts: int, limit: int, policy: Policy
+    experts_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    num_experts: int,
+    limit: int,
+    policy: Policy,
+    drawn_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """bool [T, K]: True for the first ``limit`` choices of each expert in the order of ``policy``."""
+    """bool [T, K]: True for the first ``limit`` choices of each expert in the order of ``policy``.
+
+    ``drawn_T``: for ``random``, the tokens' random numbers, of which the least goes first; None: by position.
+    """
     num_tokens, top_k = experts_TK.shape
     experts = experts_TK.t().reshape(-1)  # all first choices, then all second ones
     order = torch.arange(experts.numel(), device=experts.device)
     if policy == "score":
         order = torch.argsort(weights_TK.detach().t().reshape(-1), descending=True, stable=True)
+    elif policy == "random" and drawn_T is not None:
+        places_T = torch.argsort(drawn_T, stable=True)
+        order = (order.view(top_k, num_tokens)[:, places_T]).reshape(-1)
     order = order[torch.argsort(experts[order], stable=True)]
     loads = torch.bincount(experts, minlength=num_experts)
     starts = loads.cumsum(0) - loads

@@ -14,7 +14,7 @@ from torch import nn
 
 from trivium.base.errors import ConfigError
 from trivium.dist.shard import Placement
-from trivium.moe.gate import key
+from trivium.moe.draw import key
 from trivium.nn import MLP, Linear
 
 Kind = Literal["swiglu", "gelu"]

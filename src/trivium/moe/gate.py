@@ -5,7 +5,7 @@ DeepSpeed-MoE section 3.1. T tokens, C model width, E experts, K choices per tok
 
 from __future__ import annotations
 
-import hashlib
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,21 +14,44 @@ import torch.nn.functional as F
 from torch import nn
 
 from trivium.base.errors import ConfigError, NonFiniteError
+from trivium.moe.choice import check_groups, choose, limit_to_groups
+from trivium.moe.draw import gumbel, key, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
-    """How scores become weights.
+    """How scores choose experts and become weights.
 
     ``score``: of a softmax over the experts, or of each expert's own sigmoid. ``renormalize``: divide a token's chosen
-    scores by their sum (None: yes for top-k above 1). ``jitter``: in training the router's input is multiplied by
-    uniform noise from [1 - jitter, 1 + jitter].
+    scores by their sum (None: yes for top-k above 1). ``scale``: every weight is multiplied by it at last.
+    ``num_groups``, ``top_groups``: experts stand in groups of neighbours, and a token chooses inside its best
+    ``top_groups`` alone, a group being worth the sum of its two best scores (DeepSeek-V3).
+    ``sample_second``: in training the choices after the first are drawn by their scores (GShard), without replacement.
+    ``jitter``: in training the router's input is multiplied by uniform noise from [1 - jitter, 1 + jitter].
+    ``bias_rate``: above 0, a buffer ``bias`` [E] is added to the scores for the choice, never for the weights, and
+    `Gate.update_bias` moves it by this much towards an even load: balance without an auxiliary loss.
     """
 
     score: Literal["softmax", "sigmoid"] = "softmax"
     renormalize: bool | None = None
     jitter: float = 0.0
     init_std: float = 0.02
+    scale: float = 1.0
+    num_groups: int = 1
+    top_groups: int | None = None
+    sample_second: bool = False
+    bias_rate: float = 0.0
+
+    def check(self) -> None:
+        """Raise ConfigError unless every number is in its range; a `Gate` asks when it is made."""
+        if self.score not in ("softmax", "sigmoid"):
+            raise ConfigError(f"gate.score={self.score!r}: expected 'softmax' or 'sigmoid'")
+        if not 0.0 <= self.jitter < 1.0:
+            raise ConfigError(f"gate.jitter={self.jitter}: expected 0 or more and below 1")
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ConfigError(f"gate.scale={self.scale}: expected a number above 0")
+        if not (math.isfinite(self.bias_rate) and self.bias_rate >= 0):
+            raise ConfigError(f"gate.bias_rate={self.bias_rate}: expected 0 (no bias) or more, say 0.001")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +79,11 @@ class GateProtocol(Protocol):
 class Gate(nn.Module):
     """The router: one linear map without bias, computed in fp32 (fp64 for fp64 input) whatever autocast says.
 
-    Equal logits go to the lower expert number. No random choice in eval; in training noise depends only on
-    (``seed``, step, ``layer``).
+    Equal scores go to the lower expert number. No random choice in eval; in training each depends only on (``seed``,
+    step, ``layer``, the token's number): see [Note: counters] in `moe/draw`.
     """
+
+    bias: torch.Tensor | None
 
     def __init__(
         self,
@@ -74,86 +99,125 @@ class Gate(nn.Module):
     ) -> None:
         super().__init__()
         config = GateConfig() if config is None else config
+        config.check()
         if not 1 <= top_k <= num_experts:
             raise ConfigError(f"top_k={top_k}: expected 1 to num_experts={num_experts}")
-        if config.score not in ("softmax", "sigmoid"):
-            raise ConfigError(f"gate.score={config.score!r}: expected 'softmax' or 'sigmoid'")
-        if not 0.0 <= config.jitter < 1.0:
-            raise ConfigError(f"gate.jitter={config.jitter}: expected 0 or more and below 1")
         if config.renormalize and top_k == 1:
             raise ConfigError(
                 "gate.renormalize=true with top_k=1 makes every weight 1, and the router would learn nothing: "
                 "leave it out or raise top_k"
             )
+        if config.sample_second and top_k == 1:
+            raise ConfigError("gate.sample_second=true with top_k=1 draws nothing: raise top_k or leave it out")
+        self.top_groups = check_groups(num_experts, top_k, config.num_groups, config.top_groups)
         self.config, self.top_k, self.seed, self.layer = config, top_k, seed, layer
         self.renormalize = top_k > 1 if config.renormalize is None else config.renormalize
         weight_dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=weight_dtype))
+        bias = torch.zeros(num_experts, device=device, dtype=torch.float32) if config.bias_rate else None
+        self.register_buffer("bias", bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the router's weight [E, C] anew from torch's default generator."""
+        """Draw the router's weight [E, C] anew from torch's default generator; the bias of the choice becomes zero."""
         with torch.no_grad():
             self.weight.normal_(0.0, self.config.init_std)
+            if self.bias is not None:
+                self.bias.zero_()
 
-    def forward(self, x_TC: torch.Tensor, *, experts_TK: torch.Tensor | None = None, step: int | None = None) -> Gating:
+    def forward(
+        self,
+        x_TC: torch.Tensor,
+        *,
+        experts_TK: torch.Tensor | None = None,
+        step: int | None = None,
+        first_token: int = 0,
+    ) -> Gating:
         """Scores and choice for ``x_TC``; given ``experts_TK`` that choice is weighed instead of the best.
 
-        ``step`` keys the noise: the number of the micro-batch, counted over all ranks if noise shall differ on them.
+        ``step`` keys what is drawn: the number of the micro-batch; ``first_token`` is the number of the first row among
+        that micro-batch's tokens on all ranks.
 
         Raises:
             NonFiniteError: a row of logits holds NaN or an infinity; names it.
-            ConfigError: jitter in training without ``step``.
+            ConfigError: jitter or sampling in training without ``step``.
         """
         with torch.autocast(x_TC.device.type, enabled=False):
             dtype = torch.promote_types(torch.promote_types(x_TC.dtype, self.weight.dtype), torch.float32)
             precise_TC = x_TC.to(dtype)
             if self.config.jitter and self.training:
-                precise_TC = precise_TC * self._noise(precise_TC, step)
+                seed = self.draw_key(step, "jitter", f"gate.jitter={self.config.jitter}")
+                drawn_TC = uniform(seed, first_token, *x_TC.shape, x_TC.device)
+                precise_TC = precise_TC * (1 + self.config.jitter * (2 * drawn_TC - 1)).to(dtype)
             logits_TE = F.linear(precise_TC, self.weight.to(dtype))
             require_finite(logits_TE, x_TC, f"router of layer {self.layer}")
-            if experts_TK is None:
-                experts_TK = choose(logits_TE.detach(), self.top_k)
             if self.config.score == "softmax":
                 log_scores_TE, probabilities_TE = logits_TE, logits_TE.softmax(-1)
                 scores_TE = probabilities_TE
             else:
                 log_scores_TE, scores_TE = F.logsigmoid(logits_TE), logits_TE.sigmoid()
                 probabilities_TE = log_scores_TE.softmax(-1)
+            if experts_TK is None:
+                experts_TK = self._choose(log_scores_TE.detach(), scores_TE.detach(), step, first_token)
             if self.renormalize:  # as a softmax of the chosen logarithms: tiny scores never divide zero by zero
                 weights_TK = log_scores_TE.gather(1, experts_TK).softmax(-1)
             else:
                 weights_TK = scores_TE.gather(1, experts_TK)
+            if self.config.scale != 1.0:
+                weights_TK = weights_TK * self.config.scale
         return Gating(
             logits_TE=logits_TE, probabilities_TE=probabilities_TE, experts_TK=experts_TK, weights_TK=weights_TK
         )
 
-    def _noise(self, x_TC: torch.Tensor, step: int | None) -> torch.Tensor:
-        if step is None:
-            raise ConfigError(
-                f"gate.jitter={self.config.jitter} in training needs step=: call layer(x, step=number of this "
-                "micro-batch), so that a recomputed forward draws the same noise"
-            )
-        generator = torch.Generator().manual_seed(key(self.seed, step, self.layer))
-        drawn_TC = torch.rand(x_TC.shape, generator=generator, dtype=torch.float32)
-        return (1 + self.config.jitter * (2 * drawn_TC - 1)).to(x_TC.device, x_TC.dtype)
+    @torch.no_grad()
+    def update_bias(self, load_E: torch.Tensor) -> None:
+        """Raise the choice's bias by ``bias_rate`` where ``load_E`` is below its mean, lower it where above.
+
+        Call it once at the end of a step, with the choices of all its micro-batches *on all ranks*: the sum is the
+        caller's, and with it every rank's bias stays the same. Nothing is moved but this buffer. Sends nothing.
+
+        Raises:
+            ConfigError: the gate has no bias, or the load is of other experts.
+        """
+        if self.bias is None:
+            raise ConfigError("update_bias() of a gate without a bias: make it with GateConfig(bias_rate=0.001)")
+        if load_E.shape != self.bias.shape:
+            raise ConfigError(f"load of shape {list(load_E.shape)}: expected [{self.bias.numel()}], one per expert")
+        load_E = load_E.to(self.bias.device, torch.float64)
+        self.bias.add_(torch.sign(load_E.mean() - load_E).to(self.bias.dtype), alpha=self.config.bias_rate)
+
+    def draw_key(self, step: int | None, purpose: str, setting: str) -> int:
+        """The key of this layer's draws for ``purpose`` in ``step``; ConfigError without a step."""
+        return draw_key(self.seed, step, self.layer, purpose, setting)
+
+    def _choose(
+        self, log_scores_TE: torch.Tensor, scores_TE: torch.Tensor, step: int | None, first_token: int
+    ) -> torch.Tensor:
+        """The logarithms order where nothing is added to the scores: they do not saturate."""
+        if self.bias is not None:
+            scores_TE = log_scores_TE = scores_TE + self.bias.to(scores_TE.dtype)
+        if self.config.num_groups > 1:
+            allowed_TE = limit_to_groups(scores_TE, self.config.num_groups, self.top_groups)
+            log_scores_TE = log_scores_TE.masked_fill(~allowed_TE, float("-inf"))
+        if not (self.config.sample_second and self.training):
+            return choose(log_scores_TE, self.top_k)
+        first_T1 = choose(log_scores_TE, 1)
+        seed = self.draw_key(step, "second", "gate.sample_second=true")
+        noise_TE = gumbel(seed, first_token, *scores_TE.shape, scores_TE.device).to(scores_TE.dtype)
+        law_TE = log_scores_TE if self.bias is None else log_scores_TE.clamp_min(1e-20).log()
+        drawn_TE = (law_TE + noise_TE).masked_fill(log_scores_TE == float("-inf"), float("-inf"))
+        rest_TK = choose(drawn_TE.scatter(1, first_T1, float("-inf")), self.top_k - 1)
+        return torch.cat([first_T1, rest_TK], 1)
 
 
-def key(*numbers: int) -> int:
-    """One 63-bit seed from several integers; neighbouring ones give unrelated seeds."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def choose(logits_TE: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The ``top_k`` greatest of each row, greatest first, ties to the lower index. [T, E] → int64 [T, K]."""
-    left_TE = logits_TE
-    chosen: list[torch.Tensor] = []
-    for choice in range(top_k):
-        if choice:
-            left_TE = left_TE.scatter(1, chosen[-1], float("-inf"))
-        chosen.append(left_TE.argmax(1, keepdim=True))
-    return torch.cat(chosen, 1)
+def draw_key(seed: int, step: int | None, layer: int, purpose: str, setting: str) -> int:
+    """The key of one purpose's draws; ConfigError, naming ``setting``, where training gives no step."""
+    if step is None:
+        raise ConfigError(
+            f"{setting} in training needs step=: call layer(x, step=number of this micro-batch), so that a recomputed "
+            "forward draws the same"
+        )
+    return key(seed, step, layer, *purpose.encode())
 
 
 def require_finite(logits_TE: torch.Tensor, x_TC: torch.Tensor, what: str) -> None:

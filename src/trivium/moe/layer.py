@@ -20,7 +20,8 @@ from trivium.moe import losses
 from trivium.moe.capacity import CapacityConfig, capacity, keep
 from trivium.moe.dispatch import owners, refuse, run_across, run_local
 from trivium.moe.experts import Experts, Kind, build, maker
-from trivium.moe.gate import Gate, GateConfig, Gating, key
+from trivium.moe.draw import key, uniform
+from trivium.moe.gate import Gate, GateConfig, Gating, draw_key
 from trivium.moe.routing import Routing
 from trivium.nn import Linear
 
@@ -101,6 +102,7 @@ class MoE(nn.Module):
             capacity_factor = CapacityConfig(factor=capacity_factor)
         self.capacity = capacity_factor
         self.comm, axis = _ranks(mesh, ep)
+        self._data_rank = 0 if mesh is None else mesh.data_rank
         if num_experts < self.comm_size:
             raise ConfigError(
                 f"num_experts={num_experts} on ep={self.comm_size} ranks: a rank would hold none; "
@@ -108,6 +110,7 @@ class MoE(nn.Module):
             )
         if seed is None:
             seed = int(torch.randint(2**62, (), device="cpu"))
+        self.seed = seed
         make = maker("swiglu" if expert is None else expert, dim, ffn_dim, init_std, dtype)
         self.gate: nn.Module = (
             gate
@@ -130,11 +133,18 @@ class MoE(nn.Module):
         return self.comm.size if self.comm else 1
 
     def forward(
-        self, x: torch.Tensor, routing: Routing | None = None, *, step: int | None = None
+        self,
+        x: torch.Tensor,
+        routing: Routing | None = None,
+        *,
+        step: int | None = None,
+        first_token: int | None = None,
     ) -> tuple[torch.Tensor, Aux]:
         """[..., dim] → ([..., dim], aux).
 
-        ``routing`` fixes which experts and drops, say those of an earlier call; ``step`` keys the gate's noise.
+        ``routing`` fixes which experts and drops, say those of an earlier call. ``step`` (the micro-batch's number) and
+        ``first_token`` (the number of this rank's first token in that micro-batch; None: data_rank · tokens, right
+        where ranks have equally many) key what is drawn in training; without random choices neither is needed.
 
         Raises:
             ConfigError: a wrong width, or a routing for other tokens.
@@ -147,8 +157,11 @@ class MoE(nn.Module):
             x_TC = x.reshape(-1, self.dim)
             if routing is not None:
                 routing.check(len(x_TC), self.num_experts)
-            gating: Gating = self.gate(x_TC, experts_TK=None if routing is None else routing.experts_TK, step=step)
-            routing = self._route(gating, routing)
+            first = self._data_rank * len(x_TC) if first_token is None else first_token
+            place = {"first_token": first} if isinstance(self.gate, Gate) else {}
+            chosen = None if routing is None else routing.experts_TK
+            gating: Gating = self.gate(x_TC, experts_TK=chosen, step=step, **place)
+            routing = self._route(gating, routing, step, first)
         except Exception as error:  # whatever it is, the other ranks must not wait for this one
             if self.comm is not None:
                 refuse(self.comm, self.num_experts, error)
@@ -163,7 +176,13 @@ class MoE(nn.Module):
         """The sizes, for ``print(model)``."""
         return f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, ep={self.comm_size}"
 
-    def _route(self, gating: Gating, forced: Routing | None) -> Routing:
+    def update_bias(self, load_E: torch.Tensor) -> None:
+        """`Gate.update_bias`: once a step, with the sum of ``aux.load`` over its micro-batches and all ranks."""
+        if not isinstance(self.gate, Gate):
+            raise ConfigError(f"the gate of layer {self.layer} is the user's own: it moves its own bias")
+        self.gate.update_bias(load_E)
+
+    def _route(self, gating: Gating, forced: Routing | None, step: int | None, first: int) -> Routing:
         experts_TK, weights_TK = gating.experts_TK, gating.weights_TK
         if forced is not None:
             kept_TK = forced.kept_TK
@@ -171,7 +190,11 @@ class MoE(nn.Module):
             kept_TK = torch.ones_like(experts_TK, dtype=torch.bool)
         else:
             limit = capacity(len(experts_TK), self.num_experts, experts_TK.shape[1], self.capacity)
-            kept_TK = keep(experts_TK, weights_TK, self.num_experts, limit, self.capacity.policy)
+            drawn_T = None
+            if self.capacity.policy == "random" and self.training:
+                seed = draw_key(self.seed, step, self.layer, "drop", "drop_policy='random'")
+                drawn_T = uniform(seed, first, len(experts_TK), 1, experts_TK.device).view(-1)
+            kept_TK = keep(experts_TK, weights_TK, self.num_experts, limit, self.capacity.policy, drawn_T)
         return Routing(experts_TK=experts_TK, weights_TK=weights_TK, kept_TK=kept_TK)
 
     def _add_dense(self, x_TC: torch.Tensor, y_TC: torch.Tensor) -> torch.Tensor:
