@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server and its page; the one room that knows a web framework."""
