@@ -37,7 +37,7 @@ def test_bad_configs_are_refused_by_key_and_value(change, message):
         dataclasses.replace(GOOD, **change)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name, config in PRESETS.items() if config.moe is None])
 def test_preset_counts_equal_their_meta_build_and_their_name(name):
     config = PRESETS[name]
     model = build(config, "meta")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from trivium.models.block import Block
 from trivium.models.build import build
 from trivium.models.config import DecoderConfig
-from trivium.models.decoder import Block, Decoder
+from trivium.models.decoder import Decoder, Record
 from trivium.models.families import FAMILIES, LLAMA, FamilyMap, family_of
+from trivium.models.moe_block import MoEBlock
+from trivium.models.moe_config import MoEConfig
 from trivium.models.presets import PRESETS, preset
 
 __all__ = [
@@ -16,6 +19,9 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "FamilyMap",
+    "MoEBlock",
+    "MoEConfig",
+    "Record",
     "build",
     "family_of",
     "preset",

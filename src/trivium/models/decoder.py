@@ -1,22 +1,27 @@
 """The decoder: embedding, blocks, norm, head. Training and inference run this one module, each with its own `attend`.
 
+DeepSpeed-MoE section 3.1: some blocks have experts in place of the MLP (`models/moe_block.py`).
 Shapes: B batch, T sequence, C model width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from trivium.base.errors import ConfigError, DataError
+from trivium.dist.mesh import Mesh
+from trivium.models.block import Block
 from trivium.models.config import DecoderConfig as DecoderConfig
+from trivium.models.moe_block import MoEBlock
+from trivium.moe import Aux, Routing
 from trivium.nn import (
     IGNORE_INDEX,
-    MLP,
     Attend,
-    Attention,
     Embedding,
     Head,
     Reduction,
@@ -26,65 +31,49 @@ from trivium.nn import (
     rotary,
 )
 
-Rotary = tuple[torch.Tensor, torch.Tensor]
-RunBlock = Callable[[nn.Module, torch.Tensor, Rotary, Attend], torch.Tensor]
+RunBlock = Callable[..., Any]
 
 
-class Block(nn.Module):
-    """One layer: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+@dataclass(kw_only=True)
+class Record:
+    """What a forward tells beside its result, filled in when it is passed as ``record``.
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        layer: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps, device=device, dtype=dtype)
-        self.attention = Attention(
-            config.dim,
-            config.heads,
-            config.kv_head_count,
-            config.head_size,
-            layer=layer,
-            init_std=config.init_std,
-            out_init_std=config.residual_init_std,
-            device=device,
-            dtype=dtype,
-        )
-        self.mlp_norm = RMSNorm(config.dim, eps=config.norm_eps, device=device, dtype=dtype)
-        self.mlp = MLP(
-            config.dim,
-            config.ffn_dim,
-            init_std=config.init_std,
-            out_init_std=config.residual_init_std,
-            device=device,
-            dtype=dtype,
-        )
+    ``aux``: of every layer with experts, by its number, of this rank's tokens. ``cross_entropy``: the loss without the
+    auxiliary losses, reduced alike; None without targets.
+    """
 
-    def forward(self, x_BTC: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
-        """[B, T, C] → [B, T, C]."""
-        x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), rotary, attend)
-        out_BTC: torch.Tensor = x_BTC + self.mlp(self.mlp_norm(x_BTC))
-        return out_BTC
+    aux: dict[int, Aux] = field(default_factory=dict)
+    cross_entropy: torch.Tensor | None = None
 
 
 class Decoder(nn.Module):
     """A Llama-like language model. Children: ``embed``, ``blocks``, ``norm``, ``head`` (tied: with ``embed``'s weight).
 
     No forward touches another module's parameters, so hooks on any module see every use of what it owns.
+    ``mesh`` and ``ep`` spread experts over ranks. ``ep`` is one degree, or one for each layer with experts; None: the
+    mesh's.
     """
 
     def __init__(
-        self, config: DecoderConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        config: DecoderConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        mesh: Mesh | None = None,
+        ep: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         std = config.init_std
+        degrees = iter(expert_degrees(config, ep))
         self.embed = Embedding(config.vocabulary, config.dim, init_std=std, device=device, dtype=dtype)
-        self.blocks = nn.ModuleList(Block(config, i, device=device, dtype=dtype) for i in range(config.layers))
+        self.blocks = nn.ModuleList(
+            MoEBlock(config, i, experts, mesh=mesh, ep=next(degrees), device=device, dtype=dtype)
+            if experts
+            else Block(config, i, device=device, dtype=dtype)
+            for i, experts in enumerate(config.num_experts)
+        )
         self.norm = RMSNorm(config.dim, eps=config.norm_eps, device=device, dtype=dtype)
         head_device = "meta" if config.tied else device  # a tied head never needs a weight of its own
         self.head = Head(config.dim, config.vocabulary, init_std=std, device=head_device, dtype=dtype)
@@ -101,13 +90,23 @@ class Decoder(nn.Module):
         attend: Attend | None = None,
         reduction: Reduction = "mean",
         run_block: RunBlock | None = None,
+        routings: Mapping[int, Routing] | None = None,
+        step: int | None = None,
+        record: Record | None = None,
     ) -> torch.Tensor:
         """Logits [B, T, V], or with targets their cross-entropy (at least fp32; -100 counts nothing).
+
+        In training mode the loss has the experts' auxiliary losses in it: with "mean" their sum over layers, with "sum"
+        that times the number of tokens that count, so that the mean over micro-batches is weighted by tokens; "none"
+        and evaluation have the cross-entropy alone.
 
         ``targets_BT[b, t]`` is the token that should follow ``tokens_BT[b, t]``: the caller shifts. ``documents_BT``
         are integer ids; every run of equal ids attends to itself alone and its positions start from 0. ``positions_BT``
         overrides positions, ``attend`` replaces causal attention (then ``documents_BT`` only sets positions).
-        ``run_block(block, x, rotary, attend)`` replaces the plain call of each block, say by a checkpointed one.
+        ``run_block(block, x, rotary, attend, …)`` replaces the plain call of each block, say by a checkpointed one; it
+        returns what the block does: a tensor, or of an `MoEBlock`, which gets ``routing`` and ``step`` besides, also
+        its `Aux`. ``routings`` fixes the choice of layers by number, ``step`` keys the gates' random choices,
+        ``record`` is filled in.
 
         Raises:
             ConfigError: shapes that disagree, or more tokens than ``max_positions``.
@@ -120,10 +119,28 @@ class Decoder(nn.Module):
         if attend is None:
             attend = causal(documents_BT)
         x_BTC: torch.Tensor = self.embed(tokens_BT)
-        for block in self.blocks:
-            x_BTC = block(x_BTC, angles, attend) if run_block is None else run_block(block, x_BTC, angles, attend)
-        out: torch.Tensor = self.head(self.norm(x_BTC), targets_BT, reduction)
-        return out
+        told = Record() if record is None else record
+        for number, block in enumerate(self.blocks):
+            arguments: tuple[Any, ...] = (x_BTC, angles, attend)
+            if isinstance(block, MoEBlock):
+                arguments += ((routings or {}).get(number), step)
+            out = block(*arguments) if run_block is None else run_block(block, *arguments)
+            x_BTC = out if isinstance(out, torch.Tensor) else out[0]
+            if isinstance(block, MoEBlock):
+                told.aux[number] = out[1]
+        result: torch.Tensor = self.head(self.norm(x_BTC), targets_BT, reduction)
+        if targets_BT is None:
+            return result
+        told.cross_entropy = result
+        return self._with_aux(result, told.aux, targets_BT, reduction)
+
+    def _with_aux(
+        self, loss: torch.Tensor, aux: Mapping[int, Aux], targets_BT: torch.Tensor, reduction: Reduction
+    ) -> torch.Tensor:
+        if not aux or not self.training or reduction == "none":
+            return loss
+        extra = torch.stack([one.loss for one in aux.values()]).sum()
+        return loss + (extra if reduction == "mean" else extra * (targets_BT != IGNORE_INDEX).sum())
 
     def _check(self, tokens: torch.Tensor, targets: torch.Tensor | None, *others: torch.Tensor | None) -> None:
         if tokens.dim() != 2 or tokens.shape[1] == 0:
@@ -141,6 +158,16 @@ class Decoder(nn.Module):
         check_ids("token", tokens, self.config.vocabulary)
         if targets is not None:
             check_ids("target", targets, self.config.vocabulary, allowed=IGNORE_INDEX)
+
+
+def expert_degrees(config: DecoderConfig, ep: int | Sequence[int] | None) -> tuple[int | None, ...]:
+    """``ep`` for each layer that has experts. Raises ConfigError when a list does not fit."""
+    count = sum(experts > 0 for experts in config.num_experts)
+    if ep is None or isinstance(ep, int):
+        return (ep,) * count
+    if len(ep) != count:
+        raise ConfigError(f"ep={list(ep)}: expected one degree for each of {count} layers with experts, or one number")
+    return tuple(ep)
 
 
 def default_positions(tokens_BT: torch.Tensor, documents_BT: torch.Tensor | None) -> torch.Tensor:

@@ -29,6 +29,8 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draw this module's own parameters anew from torch's default generator."""
+        if self.weight.is_meta:  # nothing to draw, and drawing nothing is slow
+            return
         with torch.no_grad():
             self.weight.normal_(0.0, self.init_std)
             if self.bias is not None:
