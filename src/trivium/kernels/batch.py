@@ -58,6 +58,8 @@ def _limits(program: Program) -> tuple[int, int]:
                 positions = min(positions, operation.positions.shape[0] - operation.position_offset)
         elif isinstance(operation, Rope):
             positions = min(positions, operation.table.shape[0])
+        elif isinstance(operation, Attend) and operation.biases is not None:
+            positions = min(positions, operation.biases.shape[1])
     return vocabulary, positions
 
 

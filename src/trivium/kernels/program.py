@@ -126,7 +126,8 @@ class Attend(Operation):
     ``q`` is heads · head_dim wide, ``k`` kv_heads · head_dim, ``v`` kv_heads · value_dim (None: the first
     ``value_dim`` columns of each key are the value: a latent cache), ``out`` heads · value_dim. A query at position
     p sees positions max(0, p − window + 1) … p. Scores are scale · q·k, then softcap · tanh(s / softcap), then
-    + slopes[h] · (key position − query position); ``sinks`` [heads] joins the softmax's denominator alone.
+    + slopes[h] · (key position − query position) + biases[h, key position] (fp32 [heads, P]: falcon's rounded slopes);
+    ``sinks`` [heads] joins the softmax's denominator alone.
     """
 
     q: Span
@@ -143,6 +144,7 @@ class Attend(Operation):
     softcap: float | None = None
     slopes: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+    biases: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,6 +87,9 @@ def _attend_one(
         scores = operation.softcap * torch.tanh(scores / operation.softcap)
     if operation.slopes is not None:
         scores = scores + operation.slopes.to(device)[:, None, None] * distance
+    if operation.biases is not None:
+        known = seen.clamp(max=operation.biases.shape[1] - 1)
+        scores = scores + operation.biases[:, known].to(device)[:, None, :]
     scores = scores.masked_fill(hidden, float("-inf"))
     if operation.sinks is not None:
         sinks = operation.sinks.to(device).float()[:, None, None].expand(-1, scores.shape[1], 1)
