@@ -123,7 +123,7 @@ def test_one_update_is_the_sign_of_what_is_missing() -> None:
     assert gate.bias is not None and gate.bias.tolist() == [0.5, -0.5, 0.0, 0.0]
     with pytest.raises(ConfigError, match=r"expected \[4\]"):
         gate.update_bias(torch.ones(3))
-    with pytest.raises(ConfigError, match="bias_rate=0.001"):
+    with pytest.raises(ConfigError, match=r"bias_rate=0\.001"):
         Gate(4, 4, 1).update_bias(torch.ones(4))
 
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from trivium.moe.dispatch import owners
 from trivium.moe.choice import choose
+from trivium.moe.dispatch import owners
 from trivium.moe.draw import key
 from trivium.moe.losses import entropy, load_balance, z_loss
 

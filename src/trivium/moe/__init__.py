@@ -11,6 +11,7 @@ from trivium.moe.gate import Gate, GateConfig, GateProtocol, Gating
 from trivium.moe.layer import Aux, MoE
 from trivium.moe.report import RouterReport, Tally
 from trivium.moe.routing import Routing
+from trivium.moe.upcycle import upcycle
 
 __all__ = [
     "Aux",
@@ -24,4 +25,5 @@ __all__ = [
     "RouterReport",
     "Routing",
     "Tally",
+    "upcycle",
 ]

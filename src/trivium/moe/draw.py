@@ -31,7 +31,8 @@ def uniform(seed: int, first: int, rows: int, columns: int, device: torch.device
     mixed = _fold(mixed, 27).mul_(_signed(_SECOND))
     mixed = _fold(mixed, 31)
     top = (mixed >> (64 - _BITS)) & (2**_BITS - 1)
-    return ((top.double() + 0.5) * 2.0**-_BITS).float().clamp_(max=1 - 2.0**-_BITS).view(rows, columns)
+    drawn: torch.Tensor = ((top.double() + 0.5) * 2.0**-_BITS).float().clamp_(max=1 - 2.0**-_BITS)
+    return drawn.view(rows, columns)
 
 
 def gumbel(seed: int, first: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:

@@ -147,7 +147,7 @@ class Gate(nn.Module):
             precise_TC = x_TC.to(dtype)
             if self.config.jitter and self.training:
                 seed = self.draw_key(step, "jitter", f"gate.jitter={self.config.jitter}")
-                drawn_TC = uniform(seed, first_token, *x_TC.shape, x_TC.device)
+                drawn_TC = uniform(seed, first_token, x_TC.shape[0], x_TC.shape[1], x_TC.device)
                 precise_TC = precise_TC * (1 + self.config.jitter * (2 * drawn_TC - 1)).to(dtype)
             logits_TE = F.linear(precise_TC, self.weight.to(dtype))
             require_finite(logits_TE, x_TC, f"router of layer {self.layer}")
@@ -203,7 +203,7 @@ class Gate(nn.Module):
             return choose(log_scores_TE, self.top_k)
         first_T1 = choose(log_scores_TE, 1)
         seed = self.draw_key(step, "second", "gate.sample_second=true")
-        noise_TE = gumbel(seed, first_token, *scores_TE.shape, scores_TE.device).to(scores_TE.dtype)
+        noise_TE = gumbel(seed, first_token, len(scores_TE), scores_TE.shape[1], scores_TE.device).to(scores_TE.dtype)
         law_TE = log_scores_TE if self.bias is None else log_scores_TE.clamp_min(1e-20).log()
         drawn_TE = (law_TE + noise_TE).masked_fill(log_scores_TE == float("-inf"), float("-inf"))
         rest_TK = choose(drawn_TE.scatter(1, first_T1, float("-inf")), self.top_k - 1)

@@ -19,8 +19,8 @@ from trivium.dist.mesh import Mesh
 from trivium.moe import losses
 from trivium.moe.capacity import CapacityConfig, capacity, keep
 from trivium.moe.dispatch import owners, refuse, run_across, run_local
-from trivium.moe.experts import Experts, Kind, build, maker
 from trivium.moe.draw import key, uniform
+from trivium.moe.experts import Experts, Kind, build, maker
 from trivium.moe.gate import Gate, GateConfig, Gating, draw_key
 from trivium.moe.routing import Routing
 from trivium.nn import Linear
