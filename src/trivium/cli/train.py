@@ -83,7 +83,7 @@ def _run(settings: TrainConfig, launched: bool, terminal: bool) -> tuple[int, An
     settings.check_ranks(world.size)
     if launched and not settings.train.threads:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.size))
-    mesh = init(device=settings.train.device, timeout_s=settings.train.timeout_s)
+    mesh = init(device=settings.train.device, timeout_s=settings.train.timeout_s, ep=settings.mesh.largest)
     outcome = run(settings, mesh, terminal=terminal or None, plan=_beside)
     answer = _answer(settings, outcome, mesh.data_size) if mesh.rank == 0 else None
     return (128 + outcome.signal if outcome.signal else 0), answer
@@ -115,6 +115,7 @@ def _answer(settings: TrainConfig, outcome: Outcome, ranks: int) -> dict[str, An
         "tokens_per_s": speeds[len(speeds) // 2] if speeds else None,
         "memory": outcome.memory,
         "scores": outcome.scores,
+        "experts": outcome.experts,
         "samples": [list(pair) for pair in outcome.samples],
         "checkpoint": None if outcome.checkpoint is None else str(outcome.checkpoint),
         "report": None if outcome.report is None else str(outcome.report),

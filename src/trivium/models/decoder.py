@@ -105,8 +105,8 @@ class Decoder(nn.Module):
         overrides positions, ``attend`` replaces causal attention (then ``documents_BT`` only sets positions).
         ``run_block(block, x, rotary, attend, …)`` replaces the plain call of each block, say by a checkpointed one; it
         returns what the block does: a tensor, or of an `MoEBlock`, which gets ``routing`` and ``step`` besides, also
-        its `Aux`. ``routings`` fixes the choice of layers by number, ``step`` keys the gates' random choices,
-        ``record`` is filled in.
+        its `Aux`. ``routings`` fixes the choice of layers by number. ``step`` keys random choices: the number of this
+        micro-batch, another one on every rank. ``record`` is filled in.
 
         Raises:
             ConfigError: shapes that disagree, or more tokens than ``max_positions``.

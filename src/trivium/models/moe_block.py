@@ -79,9 +79,10 @@ class MoEBlock(nn.Module):
         routing: Routing | None = None,
         step: int | None = None,
     ) -> tuple[torch.Tensor, Aux]:
-        """[B, T, C] → ([B, T, C], aux). ``routing`` fixes experts and drops; ``step`` keys the gate's noise."""
+        """[B, T, C] → ([B, T, C], aux). ``routing`` fixes experts and drops; ``step`` keys what is drawn: the number
+        of this micro-batch, another one on every rank."""
         x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), rotary, attend)
-        y_BTC, aux = self.moe(self.mlp_norm(x_BTC), routing, step=step)
+        y_BTC, aux = self.moe(self.mlp_norm(x_BTC), routing, step=step, first_token=0)
         return x_BTC + y_BTC, aux
 
 

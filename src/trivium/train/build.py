@@ -109,7 +109,14 @@ def _family(folder: str) -> tuple[FamilyMap, DecoderConfig]:
 def assemble(config: TrainConfig, mesh: Mesh, text: Text) -> Parts:
     """Shard a fresh model (or ``model.from``'s) over the ranks, with optimizer and loader."""
     decoder = decoder_of(config, text.tokenizer.vocabulary)
-    model = build(decoder, device="meta", dtype=getattr(torch, config.model.dtype))
+    model = build(
+        decoder,
+        device="meta",
+        dtype=getattr(torch, config.model.dtype),
+        seed=config.train.seed,
+        mesh=mesh,
+        ep=config.mesh.ep if decoder.moe is not None else None,
+    )
     optimizer = adamw(model, config.optimizer)
     settings = replace(config.zero, average=False)
     _, sharded = zero.shard(model, optimizer, mesh, seed=config.train.seed, config=settings)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from trivium.base.errors import ConfigError
 from trivium.models.config import DecoderConfig
+from trivium.models.moe_config import MoEConfig
 from trivium.models.presets import preset
 from trivium.train.data.config import DataConfig
 from trivium.train.schedule import ScheduleConfig
@@ -25,7 +26,8 @@ _REQUIRED = ("dim", "layers", "heads", "ffn_dim")
 class ModelConfig:
     """The ``[model]`` table: a preset, a Hugging Face folder (``from``), or a shape written out.
 
-    With ``preset`` the other keys replace single values of it. Without it, ``vocabulary`` unset means the tokenizer's.
+    With ``preset`` the other keys replace single values of it (``[model.moe]`` its whole table). Without it,
+    ``vocabulary`` unset means the tokenizer's.
     ``dtype`` is what parameters and gradients are computed in; optimizer states stay in fp32.
     """
 
@@ -44,6 +46,7 @@ class ModelConfig:
     norm_eps: float | None = None
     tied: bool | None = None
     init_std: float | None = None
+    moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
         given = sorted(self._shape())
@@ -71,6 +74,42 @@ class ModelConfig:
 
     def _shape(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _SHAPE if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """The ``[mesh]`` table. ``ep``: over how many neighbouring data-parallel ranks experts are spread; one number, or
+    one for each layer that has experts. It may change from run to run of one model."""
+
+    ep: int | tuple[int, ...] = 1
+
+    def __post_init__(self) -> None:
+        if not self.degrees or min(self.degrees) < 1:
+            raise ConfigError(f"mesh.ep={self.ep}: expected 1 or more, or a list of such")
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """The one number, or the list."""
+        return (self.ep,) if isinstance(self.ep, int) else self.ep
+
+    @property
+    def largest(self) -> int:
+        """The degree of the mesh's own ``ep`` axis."""
+        return max(self.degrees)
+
+    def check(self, decoder: DecoderConfig, ranks: int) -> None:
+        """Raise ConfigError for degrees that do not fit the model or the ranks."""
+        counts = [count for count in decoder.num_experts if count]
+        if not counts and self.largest > 1:
+            raise ConfigError(f"mesh.ep={self.largest}, but the model has no experts: add [model.moe] or leave it out")
+        if not isinstance(self.ep, int) and len(self.ep) != len(counts):
+            raise ConfigError(f"mesh.ep lists {len(self.ep)} degrees: expected one for each of {len(counts)} layers")
+        for degree in self.degrees:
+            if ranks % degree:
+                raise ConfigError(f"mesh.ep={degree} does not divide {ranks} ranks")
+        for degree, count in zip(self.degrees * (len(counts) if isinstance(self.ep, int) else 1), counts, strict=True):
+            if count < degree:
+                raise ConfigError(f"mesh.ep={degree} ranks for {count} experts: some would hold none; lower mesh.ep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +231,8 @@ class ReportConfig:
     """The ``[report]`` table: what is told besides metrics.jsonl, which is always written.
 
     ``prompts`` are completed greedily by up to ``sample_tokens`` tokens at the end. ``task_prompts``: held-out inputs
-    per task, for runs with ``[tasks]``. ``digest``: end with a SHA-256 of all weights.
+    per task, for runs with ``[tasks]``; every ``score_every`` steps ``score_prompts`` of them are asked on the way (0:
+    only at the end). ``digest``: end with a SHA-256 of all weights.
     """
 
     html: bool = True
@@ -202,9 +242,16 @@ class ReportConfig:
     prompts: tuple[str, ...] = ()
     sample_tokens: int = 48
     task_prompts: int = 100
+    score_every: int = 0
+    score_prompts: int = 25
     digest: bool = True
 
     def __post_init__(self) -> None:
+        if self.score_every < 0 or self.score_prompts < 1:
+            raise ConfigError(
+                f"report.score_every={self.score_every}, report.score_prompts={self.score_prompts}: expected 0 or "
+                "more, and 1 or more"
+            )
         if self.sample_tokens < 1 or self.task_prompts < 1:
             raise ConfigError(
                 f"report.sample_tokens={self.sample_tokens}, report.task_prompts={self.task_prompts}: "
@@ -218,6 +265,7 @@ class TrainConfig:
 
     run: str = "runs/train"
     model: ModelConfig = field(default_factory=lambda: ModelConfig(preset="34m"))
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tasks: TaskConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -248,6 +296,12 @@ class TrainConfig:
     def check_ranks(self, ranks: int) -> None:
         """Raise ConfigError for what cannot be done on ``ranks`` ranks."""
         self.train.accumulation_for(ranks)
+        if self.model.from_ is None:
+            self.mesh.check(self.model.decoder(self.data.vocabulary), ranks)
+        elif self.mesh.largest > 1:
+            raise ConfigError(
+                f"mesh.ep={self.mesh.largest} with model.from: a Hugging Face model is read whole; leave it out"
+            )
         size = self.zero.shard_size
         if size is not None and size < ranks and ranks % size:
             raise ConfigError(

@@ -35,6 +35,7 @@ from trivium.train.nonfinite import Policy
 from trivium.train.progress import Display
 from trivium.train.report import Planned
 from trivium.train.report import write as write_report
+from trivium.train.router import TaskChoices, task_choices
 from trivium.train.saving import Progress
 from trivium.train.step import Stepper, StepResult
 from trivium.train.stop import Stop, signals
@@ -49,6 +50,7 @@ class Outcome:
 
     ``signal``: 0 when all steps were done, else the signal that stopped it. ``memory``: peak bytes by category of rank
     0. ``validation`` is the last one (nats per token), None without. ``scores``: exact answers per task, 0 to 1.
+    ``experts``: how often each layer sends each task's tokens to each expert; empty without tasks or experts.
     """
 
     steps: int
@@ -61,6 +63,7 @@ class Outcome:
     baseline: Baseline | None
     scores: dict[str, float]
     samples: tuple[tuple[str, str], ...]
+    experts: TaskChoices
     rows: tuple[dict[str, Any], ...]
     planned: tuple[Planned, ...]
     digest: str | None
@@ -150,10 +153,18 @@ class _Run:
             self._save()
         scores: dict[str, float] = {}
         samples: tuple[tuple[str, str], ...] = ()
+        experts: TaskChoices = {}
         if not signal:
             scores, samples = self._answers()
+            experts = self._task_experts()
         self.recorder.write(
-            "end", step=last, signal=signal, scores=scores, samples=samples, skipped=self.progress.skipped
+            "end",
+            step=last,
+            signal=signal,
+            scores=scores,
+            samples=samples,
+            skipped=self.progress.skipped,
+            experts=experts,
         )
         planned = self._beside_plan()
         digest = weights_sha256(self.parts.model) if self.config.report.digest and not signal else None
@@ -172,6 +183,7 @@ class _Run:
             baseline=self.baseline,
             scores=scores,
             samples=samples,
+            experts=experts,
             rows=tuple(self.recorder.rows),
             planned=planned,
             digest=digest,
@@ -195,6 +207,9 @@ class _Run:
         self._row(result, sent, seconds, self.mesh.link.waited_s - waited)
         done = self.progress.step
         display.step(done, result.loss, result.tokens / seconds)
+        asks = self.config.report.score_every
+        if asks and done % asks == 0 and done < settings.steps and not result.stop:
+            self._score(display)
         every = settings.validate_every
         if every and (done % every == 0 or done == settings.steps) and not result.stop:
             self._validate(display)
@@ -215,8 +230,11 @@ class _Run:
 
     def _row(self, result: StepResult, sent: Ledger, seconds: float, waited: float) -> None:
         memory = None
+        more: dict[str, Any] = dict(result.extras)
         if self.progress.step % self.config.train.log_every == 0 or self.progress.step == 1:
             memory = self.control.all_gather_json(process_memory())
+            if self.stepper.router is not None:
+                more["router"] = self.stepper.router.read(self.control)
         flops = self.parts.decoder.flops_per_token(self.config.data.sequence) * self._sequence_tokens() / seconds
         self.recorder.write(
             "step",
@@ -239,6 +257,7 @@ class _Run:
             process=memory,
             skipped=self.progress.skipped,
             loss_scale=zero.api.engine_of(self.parts.model).scale.value,
+            **more,
         )
 
     def _beside_plan(self) -> tuple[Planned, ...]:
@@ -285,6 +304,27 @@ class _Run:
         mine = measured_peak_flops(self.mesh.device, getattr(torch, self.config.model.dtype))
         return math.fsum(self.control.all_gather_json(mine))
 
+    def _score(self, display: Display) -> None:
+        """Ask a few held-out inputs of each task on the way, and show which expert takes which task."""
+        if self.config.tasks is None:
+            return
+        writer = evaluate.Generator(self.parts.model, self.text.tokenizer, self.control, self.mesh.device)
+        found = tasks.exact_match(
+            lambda prompts: writer.answers(prompts, max_tokens=32),
+            self.config.tasks,
+            count=self.config.report.score_prompts,
+        )
+        scores = {name: score.share for name, score in found.items()}
+        experts = self._task_experts()
+        self.recorder.write("scores", step=self.progress.step, scores=scores, experts=experts)
+        display.scores(self.progress.step, scores, experts)
+
+    def _task_experts(self) -> TaskChoices:
+        if self.config.tasks is None or self.parts.decoder.moe is None:
+            return {}
+        using = self.text.tokenizer
+        return task_choices(self.parts.model, self.config.tasks, using, self.control, self.mesh.device)
+
     def _answers(self) -> tuple[dict[str, float], tuple[tuple[str, str], ...]]:
         settings = self.config.report
         writer = evaluate.Generator(self.parts.model, self.text.tokenizer, self.control, self.mesh.device)
@@ -306,6 +346,7 @@ class _Run:
             config=configs.to_dict(self.config),
             model=configs.to_dict(decoder),
             parameters=decoder.num_parameters(),
+            activated=decoder.num_activated_parameters(),
             ranks=self.mesh.data_size,
             threads=torch.get_num_threads(),
             accumulation=self.stepper.accumulation,

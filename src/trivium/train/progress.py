@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -12,6 +13,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from trivium.base import log
 from trivium.base.units import format_count
+from trivium.train.router import TaskChoices
+
+_LEVELS = " ▁▂▃▄▅▆▇█"
+
+
+def bars(experts: TaskChoices) -> list[str]:
+    """A line per layer: for each task one bar per expert, as high as its share of the task's tokens (full: half of
+    them or more)."""
+    layers: dict[str, list[str]] = {}
+    for task, found in experts.items():
+        for layer, counts in found.items():
+            total = max(1, sum(counts))
+            marks = (min(len(_LEVELS) - 1, round(16 * count / total)) for count in counts)
+            layers.setdefault(layer, []).append(f"{task} │{''.join(_LEVELS[mark] for mark in marks)}│")
+    return [f"  layer {layer}: " + "  ".join(parts) for layer, parts in layers.items()]
 
 
 class Display:
@@ -57,6 +73,18 @@ class Display:
             self._bar.update(self._task, completed=done, told=told)
         elif self._shown and (done % self._every == 0 or done == self._steps):
             log.get().info("step %d of %d  %s", done, self._steps, told)
+
+    def scores(self, done: int, scores: Mapping[str, float], experts: TaskChoices) -> None:
+        """Exact answers per task after ``done`` steps, and a line of bars per layer: which expert takes which task."""
+        if not self._shown:
+            return
+        lines = [f"step {done}: " + "  ".join(f"{name} {share:.0%}" for name, share in scores.items())]
+        lines += bars(experts)
+        for line in lines:
+            if self._bar is not None:
+                self._bar.console.print(line, soft_wrap=True)
+            else:
+                log.get().info("%s", line)
 
     def validation(self, done: int, loss: float) -> None:
         """The loss on held-out text after ``done`` steps."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trivium.base.units import format_bytes, format_count
+from trivium.train import report_router
 
 FILE = "report.html"
 Row = Mapping[str, Any]
@@ -60,7 +61,7 @@ def page(rows: Sequence[Row], planned: Sequence[Planned] = ()) -> str:
             _section("Gradient norm", _plot(lambda axes: _norm(axes, steps), "norm")),
             _section("Memory of rank 0 by category, peak", _memory(steps[-1], planned)),
         ]
-    parts.append(_answers(end))
+    parts += [_routers(steps), _answers(end)]
     parts.append(_section("Configuration", _table([(key, _value(value)) for key, value in _flat(config)])))
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_text(title)}</title>'
     return (
@@ -70,7 +71,7 @@ def page(rows: Sequence[Row], planned: Sequence[Planned] = ()) -> str:
 
 def _summary(start: Row, steps: Sequence[Row], validations: Sequence[Row], end: Row) -> str:
     rows = [
-        ("parameters", format_count(start.get("parameters", 0))),
+        ("parameters", _parameters(start)),
         ("ranks × threads", f"{start.get('ranks', '?')} × {start.get('threads', '?')}"),
         ("ZeRO stage", str(start.get("config", {}).get("zero", {}).get("stage", "?"))),
         ("text", str(start.get("text", "?"))),
@@ -90,12 +91,30 @@ def _summary(start: Row, steps: Sequence[Row], validations: Sequence[Row], end: 
     return _table(rows)
 
 
+def _parameters(start: Row) -> str:
+    told = format_count(start.get("parameters", 0))
+    activated = start.get("activated", start.get("parameters", 0))
+    return told if activated == start.get("parameters", 0) else f"{told}, {format_count(activated)} for each token"
+
+
+def _routers(steps: Sequence[Row]) -> str:
+    found = report_router.pictures(steps)
+    if not found:
+        return ""
+    told = _table(report_router.summary(steps))
+    return _section("Routers", told + "".join(_plot(draw, label) for label, draw in found))
+
+
 def _answers(end: Row) -> str:
     parts = []
     scores = end.get("scores") or {}
     if scores:
         told = _table([(name, f"{share:.1%}") for name, share in scores.items()])
         parts.append(_section("Held-out inputs answered exactly", told))
+    found = report_router.task_pictures(end.get("experts") or {})
+    if found:
+        drawn = "".join(_plot(draw, label) for label, draw in found)
+        parts.append(_section("Which expert takes which task", drawn))
     samples = end.get("samples") or []
     if samples:
         texts = "".join(f"<pre><b>{_text(prompt)}</b>{_text(text)}</pre>" for prompt, text in samples)

@@ -14,27 +14,26 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from trivium.base.fault import reach
 from trivium.dist.comm import Comm
-from trivium.models.decoder import Rotary
-from trivium.nn import Attend
 from trivium.train.build import Parts
 from trivium.train.config import TrainConfig
 from trivium.train.data import Batch, Corpus, validation_batches
+from trivium.train.objective import LanguageModel, Measured, Objective
+from trivium.train.router import RouterLog
 from trivium.train.schedule import factor
 from trivium.zero.api import engine_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step did, equal on every rank. ``loss`` is in nats per token, ``losses`` sums per micro-batch in order.
+    """What a step did, equal on every rank. ``loss`` is in nats per token, ``losses`` sums per micro-batch in order:
+    both the cross-entropy alone. ``extras``: what else the objective holds, per token.
 
     ``stop`` is the largest ``wish`` that any rank gave.
     """
@@ -47,13 +46,28 @@ class StepResult:
     lr: float
     finite: bool
     stop: int
+    extras: Mapping[str, float] = field(default_factory=dict)
 
 
 class Stepper:
-    """Trains ``parts`` step by step. Every method is a collective."""
+    """Trains ``parts`` step by step towards ``objective`` (None: the language model's). Every method is a collective.
 
-    def __init__(self, config: TrainConfig, parts: Parts, control: Comm, device: torch.device) -> None:
+    ``router`` counts what layers with experts choose; None where there are none.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        parts: Parts,
+        control: Comm,
+        device: torch.device,
+        objective: Objective | None = None,
+    ) -> None:
         self.config, self.parts, self.control, self.device = config, parts, control, device
+        self.objective = (
+            LanguageModel(parts.model, recompute=config.train.recompute) if objective is None else objective
+        )
+        self.router = None if parts.decoder.moe is None else RouterLog(parts.model)
         self.accumulation = config.train.accumulation_for(control.size)
         self.batches: list[Batch] = []
         full = config.data.sequence * config.train.micro_batch * self.accumulation * control.size
@@ -66,13 +80,18 @@ class Stepper:
         """
         parts = self.parts
         self.batches = []
-        losses = []
+        losses, extras, names = [], [], self.objective.names()
         for _ in range(self.accumulation):
             reach("train.data", rank=self.control.rank, step=step)
             batch = next(parts.loader).to(self.device)
             self.batches.append(batch)
-            losses.append(self.backward(batch, step))
-        rows = self.control.agree([wish(), sum(batch.num_tokens for batch in self.batches), *map(_to_int, losses)])
+            measured = self.backward(batch, step)
+            losses.append(float(measured.cross_entropy.detach()))
+            extras += [float(extra.detach()) for extra in measured.extras]
+            if self.router is not None:
+                self.router.add(measured.aux)
+        counted = sum(batch.num_tokens for batch in self.batches)
+        rows = self.control.agree([wish(), counted, *map(_to_int, losses + extras)])
         tokens = sum(row[1] for row in rows)
         ordered = tuple(_to_float(row[2 + index]) for index in range(self.accumulation) for row in rows)
         ratio = factor(self.config.schedule, step, self.config.train.steps)
@@ -80,6 +99,8 @@ class Stepper:
             group["lr"] = self.config.optimizer.lr * ratio
         finite = engine_of(parts.model).finite and tokens > 0
         norm = self._update(tokens, finite, step)
+        if self.router is not None:
+            self.router.update_biases(self.control, keep=finite)
         return StepResult(
             step=step,
             loss=sum(ordered) / tokens if tokens else math.nan,
@@ -89,29 +110,17 @@ class Stepper:
             lr=self.config.optimizer.lr * ratio,
             finite=finite,
             stop=max(row[0] for row in rows),
+            extras=_per_token(names, [row[2 + self.accumulation :] for row in rows], tokens),
         )
 
-    def backward(self, batch: Batch, step: int) -> float:
-        """Add one micro-batch's gradients; its summed loss."""
+    def backward(self, batch: Batch, step: int) -> Measured:
+        """Add one micro-batch's gradients; its sums."""
         rank = self.control.rank
         reach("train.forward", rank=rank, step=step)
-        loss = self.loss(batch)
+        measured = self.objective(batch)
         reach("train.backward", rank=rank, step=step)
-        (loss * self._shift).backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
-
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """The summed loss of one micro-batch."""
-        alone = bool((batch.documents == batch.documents[:, :1]).all())
-        loss: torch.Tensor = self.parts.model(
-            batch.tokens,
-            batch.targets,
-            positions_BT=batch.positions,
-            documents_BT=None if alone else batch.documents,
-            reduction="sum",
-            run_block=recomputed if self.config.train.recompute and torch.is_grad_enabled() else None,
-        )
-        return loss
+        (measured.total * self._shift).backward()  # type: ignore[no-untyped-call]
+        return measured
 
     def _update(self, tokens: int, finite: bool, step: int) -> float:
         optimizer = self.parts.optimizer
@@ -131,7 +140,9 @@ class Stepper:
     @torch.no_grad()
     def validate(self, corpus: Corpus) -> tuple[float, int]:
         """Nats per token on held-out text, and how many tokens; the same bits on any number of ranks."""
-        settings = self.config.train
+        settings, model = self.config.train, self.parts.model
+        objective = LanguageModel(model)
+        model.eval()
         sums: list[tuple[int, float, int]] = []
         for batch in validation_batches(
             corpus,
@@ -142,18 +153,21 @@ class Stepper:
             limit=settings.validation_batches or None,
             vocabulary=self.parts.decoder.vocabulary,
         ):
-            sums.append((batch.number, float(self.loss(batch.to(self.device))), batch.num_tokens))
+            loss = objective(batch.to(self.device)).cross_entropy
+            sums.append((batch.number, float(loss), batch.num_tokens))
+        model.train()
         rows = self.control.agree([number for sum_ in sums for number in (sum_[0], _to_int(sum_[1]), sum_[2])])
         flat = sorted((row[i], row[i + 1], row[i + 2]) for row in rows for i in range(0, len(row), 3))
         tokens = sum(count for _, _, count in flat)
         return sum(_to_float(bits) for _, bits, count in flat if count) / max(tokens, 1), tokens
 
 
-def recomputed(block: nn.Module, x_BTC: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
-    """Run a block and keep only its input; backward runs it again."""
-    run: Callable[..., torch.Tensor] = block
-    out: torch.Tensor = checkpoint(run, x_BTC, rotary, attend, use_reentrant=False)
-    return out
+def _per_token(names: Sequence[str], rows: Sequence[Sequence[int]], tokens: int) -> dict[str, float]:
+    """Sums of ``names`` over ranks and micro-batches, per token; each row repeats all names."""
+    return {
+        name: math.fsum(_to_float(bits) for row in rows for bits in row[place :: len(names)]) / max(tokens, 1)
+        for place, name in enumerate(names)
+    }
 
 
 def _to_int(number: float) -> int:

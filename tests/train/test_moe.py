@@ -1,0 +1,119 @@
+"""Training with experts: equal bits on any ranks, what is told of the routers, resume, recomputation, tasks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train import cases
+from tests.worlds import Worlds
+from trivium.base.errors import ConfigError
+
+MOE = {"experts": 4, "top_k": 2, "ffn_dim": 24, "residual": "add", "capacity": {"factor": 1.0}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    cases.words(tmp_path)
+    return tmp_path
+
+
+def table(folder: Path, moe: dict[str, Any] | None = None, **changed: Any) -> dict[str, Any]:
+    return cases.table(folder, model__moe={**MOE, **(moe or {})}, **changed)
+
+
+def test_runs_of_equal_batch_have_equal_bits_at_every_stage(world: Worlds, folder: Path) -> None:
+    values = table(folder, {"gate": {"jitter": 0.1, "bias_rate": 0.01}}, train__steps=3)
+    found: list[Any] = []
+    for ranks, stages in ((1, [0]), (2, [0, 1, 2, 3])):
+        results = world(ranks).run(cases.stages, values, stages, timeout=120)
+        assert all(result == results[0] for result in results)
+        found += results[0]
+    assert len(found) == 5 and all(one == found[0] for one in found)
+    assert found[0][1][-1] < found[0][1][0]
+
+
+def test_rows_tell_the_routers_load_over_all_ranks(world: Worlds, folder: Path) -> None:
+    result = world(2).run(cases.run, table(folder, model__layers=4, train__log_every=2))[0]
+    rows = [row for row in result["rows"] if row["kind"] == "step"]
+    assert all(row["aux_loss"] > 0.015 for row in rows)  # two layers, weight 0.01, at least 1 but for unevenness
+    told = {row["step"]: row["router"] for row in rows if "router" in row}
+    assert list(told) == [1, 2, 4]
+    for step, layers in told.items():
+        assert [layer["layer"] for layer in layers] == [1, 3]
+        for layer in layers:
+            steps = 2 if step == 4 else 1
+            assert sum(layer["load"]) == 8 * 32 * 2 * steps and len(layer["load"]) == 4
+            assert 0 < layer["entropy"] <= 1.3863 and 0 <= layer["drop_rate"] < 0.5
+            assert layer["dead"] == [number for number, count in enumerate(layer["load"]) if not count]
+    start = result["rows"][0]
+    assert start["model"]["moe"]["experts"] == 4
+    assert start["activated"] < start["parameters"]
+
+
+def test_the_reported_loss_is_the_cross_entropy_alone(world: Worlds, folder: Path) -> None:
+    free = table(folder, {"balance_weight": 0.0}, train__steps=1, schedule__warmup_steps=1)
+    heavy = table(folder, {"balance_weight": 5.0}, train__steps=1, schedule__warmup_steps=1, run=str(folder / "heavy"))
+    (light,), (weighed,) = (world(1).run(cases.run, values) for values in (free, heavy))
+    first, second = (next(row for row in one["rows"] if row["kind"] == "step") for one in (light, weighed))
+    assert first["loss"] == second["loss"] and light["digest"] != weighed["digest"]
+    assert first["aux_loss"] == 0 and second["aux_loss"] > 4
+    start = [next(row["loss"] for row in one["rows"] if row["kind"] == "validation") for one in (light, weighed)]
+    assert start[0] == start[1]
+
+
+def test_resume_is_exact(world: Worlds, folder: Path) -> None:
+    moe = {"gate": {"jitter": 0.1, "bias_rate": 0.01}}
+    whole = table(folder, moe, train__steps=5, run=str(folder / "whole"), checkpoint__every=0)
+    expected = world(1).run(cases.run, whole)[0]
+    parts = table(folder, moe, train__steps=5, train__validate_every=0, checkpoint__every=3, zero__stage=3)
+    assert [one[:2] for one in world(2).run(cases.interrupted, parts, 15)] == [(15, 3)] * 2
+    resumed = world(1).run(cases.run, {**parts, "zero": {"stage": 1}})[0]
+    assert resumed["digest"] == expected["digest"] is not None
+
+
+def test_recomputation_replays_the_routing(world: Worlds, folder: Path) -> None:
+    for first, second in world(2).run(cases.recomputing, table(folder, zero__stage=3)):
+        assert first == second
+
+
+def test_tasks_are_scored_on_the_way_and_experts_told(world: Worlds, folder: Path) -> None:
+    values = table(
+        folder, tasks={"examples": 400, "names": ["add", "max"]}, data={"sequence": 32}, report__task_prompts=4,
+        report__score_every=2, report__score_prompts=2, report__html=True, train__validate_every=0,
+    )  # fmt: skip
+    result = world(2).run(cases.run, values, timeout=60)[0]
+    scored = [row for row in result["rows"] if row["kind"] == "scores"]
+    assert [row["step"] for row in scored] == [2]
+    assert set(scored[0]["scores"]) == {"add", "max"}
+    for found in (scored[0]["experts"], result["rows"][-1]["experts"]):
+        assert {task: set(layers) for task, layers in found.items()} == {"add": {"1"}, "max": {"1"}}
+        assert len(found["add"]["1"]) == 4 and sum(found["add"]["1"]) > 32 * 2
+    assert sum(scored[0]["experts"]["max"]["1"]) == sum(result["rows"][-1]["experts"]["max"]["1"])
+    page = (folder / "run" / "report.html").read_text()
+    assert "Routers" in page and "Which expert takes which task" in page
+    assert json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])["kind"] == "end"
+
+
+@pytest.mark.parametrize(
+    ("changed", "ranks", "message"),
+    [
+        ({"mesh__ep": 2}, 3, "mesh.ep=2 does not divide 3 ranks"),
+        ({"mesh__ep": 8}, 8, "mesh.ep=8 ranks for 4 experts"),
+        ({"mesh__ep": [2, 2]}, 2, "mesh.ep lists 2 degrees: expected one for each of 1 layers"),
+    ],
+)
+def test_degrees_that_do_not_fit_are_refused(folder: Path, changed: dict[str, Any], ranks: int, message: str) -> None:
+    config = cases.config_of(table(folder, train__batch=2 * ranks, **changed))
+    with pytest.raises(ConfigError, match=message):
+        config.check_ranks(ranks)
+
+
+def test_degrees_without_experts_are_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="the model has no experts"):
+        cases.config_of(cases.table(folder, mesh__ep=2)).check_ranks(2)
+    with pytest.raises(ConfigError, match=r"mesh\.ep=0: expected 1 or more"):
+        cases.config_of(cases.table(folder, mesh__ep=0))
