@@ -1,0 +1,153 @@
+// Shows Markdown that is still being written: what is finished is built once, only the open end is built again.
+import { BlockReader, cells } from "./blocks.js";
+import { copyButton, el } from "./dom.js";
+import { inline } from "./inline.js";
+
+const LONG_LEAF = 4096; // beyond this an open paragraph's end is plain text until it closes
+const CONTAINERS = new Set(["quote", "list", "item"]);
+const CHUNK_LINES = 60; // lines of code per box, so that a new line lays out one box only
+
+const BUILD = {
+  quote: () => el("blockquote"),
+  list: (node) => (node.ordered ? el("ol", { start: node.first === 1 ? null : node.first }) : el("ul")),
+  item(node) {
+    const box = el("input", { type: "checkbox", disabled: true, checked: node.task, "aria-label": node.task ? "done" : "to do" });
+    return node.task === null ? el("li") : el("li", { class: "task" }, box);
+  },
+  paragraph: () => el("p", { dir: "auto" }),
+  heading: (node) => el(`h${Math.min(6, node.level + 2)}`, { dir: "auto", class: `title-${node.level}` }),
+  rule: () => el("hr"),
+  code: buildCode,
+  table: buildTable,
+};
+
+function buildCode(node) {
+  const text = () => node.lines.join("\n");
+  const code = el("code");
+  return el(
+    "figure",
+    { class: "code" },
+    el("figcaption", null, el("span", null, node.language || "text"), copyButton("Copy code", text)),
+    el("pre", { tabindex: "0", "aria-label": `Code, ${node.language || "text"}` }, code),
+  );
+}
+
+function buildTable(node) {
+  const head = el("tr", null, row(node, node.lines[0], "th"));
+  const table = el("table", null, el("thead", null, head), el("tbody"));
+  return el("div", { class: "table", tabindex: "0", role: "group", "aria-label": "Table" }, table);
+}
+
+function row(node, line, tag) {
+  const texts = cells(line);
+  return node.align.map((align, i) => {
+    const scope = tag === "th" ? "col" : null;
+    return el(tag, { class: `to-${align}`, dir: "auto", scope }, inline(texts[i] ?? ""));
+  });
+}
+
+function fillParagraph(node, closed) {
+  const text = node.lines.join("\n");
+  if (node.shown === text && node.shownClosed === closed) return;
+  node.shown = text;
+  node.shownClosed = closed;
+  const whole = closed || text.length <= LONG_LEAF;
+  node.dom.replaceChildren(...inline(whole ? text : text.slice(0, LONG_LEAF)), whole ? "" : text.slice(LONG_LEAF));
+}
+
+// Boxes that are full stay; the last one is written again. Lines that were taken back are in the last box only.
+function fillCode(node, closed) {
+  const code = node.dom.lastChild.firstChild;
+  node.full ??= 0; // lines in full boxes
+  code.lastChild?.remove();
+  const stable = closed ? node.lines.length : node.steady ?? 0;
+  while (stable - node.full > CHUNK_LINES) {
+    let end = node.full + CHUNK_LINES;
+    while (end < stable && node.lines[end - 1] === "") end++; // a box does not show an empty last line
+    code.append(el("span", { class: "lines" }, node.lines.slice(node.full, end).join("\n")));
+    node.full = end;
+  }
+  code.append(el("span", { class: "lines" }, node.lines.slice(node.full).join("\n")));
+}
+
+function fillTable(node) {
+  const body = node.dom.firstChild.lastChild;
+  const steady = Math.max(0, (node.steady ?? 1) - 1); // rows that cannot change any more
+  node.rows = Math.min(node.rows ?? 0, steady);
+  while (body.childNodes.length > node.rows) body.lastChild.remove();
+  for (let i = node.rows; i < node.lines.length - 1; i++) body.append(el("tr", null, row(node, node.lines[i + 1], "td")));
+  node.rows = node.lines.length - 1;
+}
+
+function fill(node, closed) {
+  if (node.type === "paragraph") fillParagraph(node, closed);
+  else if (node.type === "heading") fillParagraph(node, true);
+  else if (node.type === "code") fillCode(node, closed);
+  else if (node.type === "table") fillTable(node);
+}
+
+/** One answer's Markdown under `element`. `append` as text comes, `show` when it is time to paint, `finish` at the end. */
+export class MarkdownView {
+  constructor(element) {
+    this.element = element;
+    this.reader = new BlockReader();
+    this.reader.root.dom = element;
+    this.rest = []; // pieces of the last, unfinished line
+    this.before = null; // where the tree stood before the unfinished line was shown
+  }
+
+  append(text) {
+    this.rest.push(text);
+  }
+
+  /** Paints what came since the last call; its cost goes with that, not with the whole text. */
+  show(last = false) {
+    if (this.before) this.reader.rollback(this.before);
+    this.before = null;
+    let line = this.rest.join("");
+    const end = line.lastIndexOf("\n");
+    if (end >= 0 || last) {
+      for (const each of line.slice(0, end < 0 ? 0 : end + 1).split("\n").slice(0, -1)) this.reader.line(each.replace(/\r$/, ""));
+      line = line.slice(end + 1);
+      if (last && line) this.reader.line(line);
+      if (last) this.reader.closeTo(0);
+      this.sync(this.reader.root, true);
+    }
+    this.rest = last ? [] : [line];
+    if (!last && line) {
+      this.before = this.reader.snapshot();
+      this.reader.line(line, true);
+      this.sync(this.reader.root, false);
+    }
+  }
+
+  finish() {
+    this.show(true);
+  }
+
+  // Brings the DOM of an open node up to its tree. `steady`: no half line is in the tree, so what is closed stays closed.
+  sync(node, steady) {
+    const { dom } = node;
+    node.skip ??= node.type === "item" && node.task !== null ? 1 : 0; // a task's box comes before its blocks
+    node.settled = Math.min(node.settled ?? 0, node.children.length);
+    for (let i = node.settled; i < node.children.length; i++) {
+      const child = node.children[i];
+      child.dom ??= BUILD[child.type](child);
+      const place = dom.childNodes[node.skip + i] ?? null;
+      if (place !== child.dom) dom.insertBefore(child.dom, place);
+      if (steady) child.steady = child.lines.length;
+      fill(child, steady && !child.open);
+      if (CONTAINERS.has(child.type)) this.sync(child, steady);
+      if (steady && !child.open && i === node.settled) node.settled = i + 1;
+    }
+    while (dom.childNodes.length > node.skip + node.children.length) dom.lastChild.remove();
+  }
+}
+
+/** The whole text at once. */
+export function markdown(element, text) {
+  const view = new MarkdownView(element);
+  view.append(text);
+  view.finish();
+  return view;
+}
