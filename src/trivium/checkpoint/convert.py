@@ -87,7 +87,7 @@ def to_hugging_face(
             FolderWriter(folder, plan, config, overwrite=overwrite) as writer,
             damage(),
         ):
-            shards = _Shards(path, whole, stack)
+            shards = Shards(path, whole, stack)
             for group in plan.values():
                 for slot in group:
                     writer.append(shards.parts(*tensors[slot.key]))
@@ -96,7 +96,7 @@ def to_hugging_face(
     return commit.destination(folder)
 
 
-class _Shards:
+class Shards:
     """The shards of a checkpoint, opened when first needed."""
 
     def __init__(self, path: Path, whole: manifest.Manifest, stack: contextlib.ExitStack) -> None:
