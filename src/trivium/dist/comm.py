@@ -227,7 +227,7 @@ class Comm:
                     self._blocking(f"recv on {self.axis} ({phase})", dist.recv, part, src=self.ranks[source])
                 parts.append(part)
             elif self.rank == source and length:
-                self._count("send", phase, length * tensor.element_size())
+                self._count("send", phase, length * tensor.element_size(), 1)
                 self._blocking(f"send on {self.axis} ({phase})", dist.send, tensor.contiguous(), dst=self.ranks[dst])
         return parts
 
@@ -235,7 +235,8 @@ class Comm:
         """Copy rank ``src``'s tensor into everyone's, in place."""
         if self.size == 1:
             return
-        self._count("broadcast", phase, tensor.numel() * tensor.element_size() if self.rank == src else 0)
+        root = self.rank == src
+        self._count("broadcast", phase, tensor.numel() * tensor.element_size() * root, (self.size - 1) * root)
         self._blocking(
             f"broadcast on {self.axis} ({phase})", dist.broadcast, tensor, src=self.ranks[src], group=self.group
         )
@@ -250,8 +251,9 @@ class Comm:
                     f"rank {self.ranks[rank]} has {other!r}"
                 )
 
-    def _count(self, collective: str, phase: str, num_bytes: int) -> None:
-        self.link.books.record(collective, self.axis, phase, num_bytes)
+    def _count(self, collective: str, phase: str, num_bytes: int, num_messages: int | None = None) -> None:
+        others = self.size - 1 if num_messages is None else num_messages
+        self.link.books.record(collective, self.axis, phase, num_bytes, others)
 
     @property
     def sends_rows(self) -> bool:

@@ -1,4 +1,4 @@
-"""Calls and bytes of every collective, by collective, axis and phase: what crossed the wire, as integers.
+"""Calls, messages and bytes of every collective, by collective, axis and phase: what crossed the wire, as integers.
 
 ZeRO section 7 (communication analysis) is asserted against these numbers.
 """
@@ -25,15 +25,17 @@ class Key:
 @dataclass
 class Ledger:
     """A running account. Bytes are those this rank sends with a ring-optimal algorithm; calls are collectives
-    issued."""
+    issued; messages are the other ranks that this one sends something to, added up over calls."""
 
     sent_bytes: dict[Key, int] = field(default_factory=dict)
     num_calls: dict[Key, int] = field(default_factory=dict)
+    num_messages: dict[Key, int] = field(default_factory=dict)
 
-    def record(self, key: Key, num_bytes: int) -> None:
-        """Add one call that sends ``num_bytes`` from this rank."""
+    def record(self, key: Key, num_bytes: int, num_messages: int = 0) -> None:
+        """Add one call that sends ``num_bytes`` from this rank, in so many messages."""
         self.sent_bytes[key] = self.sent_bytes.get(key, 0) + num_bytes
         self.num_calls[key] = self.num_calls.get(key, 0) + 1
+        self.num_messages[key] = self.num_messages.get(key, 0) + num_messages
 
     @property
     def bytes(self) -> int:
@@ -44,6 +46,11 @@ class Ledger:
     def calls(self) -> int:
         """All collectives this rank issued while the ledger was open."""
         return sum(self.num_calls.values())
+
+    @property
+    def messages(self) -> int:
+        """All messages this rank sent while the ledger was open."""
+        return sum(self.num_messages.values())
 
     @property
     def payload_bytes(self) -> int:
@@ -57,6 +64,10 @@ class Ledger:
     def calls_by(self, by: Field) -> dict[str, int]:
         """Calls issued, summed by collective, axis or phase."""
         return _sum_by(self.num_calls, by)
+
+    def messages_by(self, by: Field) -> dict[str, int]:
+        """Messages sent, summed by collective, axis or phase."""
+        return _sum_by(self.num_messages, by)
 
 
 def _sum_by(counts: dict[Key, int], by: Field) -> dict[str, int]:
@@ -73,11 +84,11 @@ class Books:
     def __init__(self) -> None:
         self._open: list[Ledger] = []
 
-    def record(self, collective: str, axis: str, phase: str, num_bytes: int) -> None:
+    def record(self, collective: str, axis: str, phase: str, num_bytes: int, num_messages: int = 0) -> None:
         """Write one call into every open ledger."""
         key = Key(collective, axis, phase)
         for ledger in self._open:
-            ledger.record(key, num_bytes)
+            ledger.record(key, num_bytes, num_messages)
 
     @contextmanager
     def open(self) -> Iterator[Ledger]:

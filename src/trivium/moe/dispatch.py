@@ -19,8 +19,7 @@ import torch
 from torch import nn
 
 from trivium.base.errors import MismatchError, NonFiniteError
-from trivium.dist.comm import Comm
-from trivium.dist.uneven import ExchangeRows
+from trivium.dist.exchange import Coordinated, Exchange, Home, Send
 from trivium.moe.experts import Experts
 from trivium.moe.routing import Routing
 
@@ -71,54 +70,63 @@ def run_local(x_TC: torch.Tensor, routing: Routing, num_experts: int, experts: E
     return out
 
 
-def run_across(x_TC: torch.Tensor, routing: Routing, num_experts: int, experts: Experts, comm: Comm) -> torch.Tensor:
-    """[T, C] → [T, C] where expert ranges lie on the ranks of ``comm``. Collective, forward and backward.
+def run_across(
+    x_TC: torch.Tensor, routing: Routing, num_experts: int, experts: Experts, exchange: Exchange
+) -> torch.Tensor:
+    """[T, C] → [T, C] where expert ranges lie on the owners of ``exchange``. Collective, forward and backward.
 
-    Ranks may have any number of tokens, also none; a rank that has none still calls it, and backward. Sends twice the
-    bytes of the rows whose expert lives elsewhere, in forward and again in backward, and E + 3 integers per rank.
+    Ranks may have any number of tokens, also none; a rank that has none still calls it, and backward. A flat exchange
+    sends twice the bytes of the rows whose expert lives elsewhere, in forward and again in backward, and E + 3 integers
+    to each of the others.
     """
-    plan, ranges = table(routing, num_experts), owners(num_experts, comm.size)
-    counts_NE = _agree(comm, x_TC, plan.counts)
-    mine = ranges[comm.rank]
-    send = [sum(plan.counts[r.start : r.stop]) for r in ranges]
-    counts_Ne = [row[mine.start : mine.stop] for row in counts_NE]
-    receive = [sum(row) for row in counts_Ne]
+    plan, ranges = table(routing, num_experts), owners(num_experts, exchange.owners)
+    counts_SE = _agree(exchange, x_TC, plan.counts)
+    mine = ranges[exchange.owner]
+    counts_SO = [[sum(row[r.start : r.stop]) for r in ranges] for row in counts_SE]
+    counts_Se = [row[mine.start : mine.stop] for row in counts_SE]
     anchor = x_TC.new_zeros((), requires_grad=torch.is_grad_enabled() and _trains(x_TC, routing, experts))
     sent_RC: torch.Tensor = Scatter.apply(x_TC, plan)  # type: ignore[no-untyped-call]
-    rows_RC: torch.Tensor = ExchangeRows.apply(sent_RC, anchor, comm, send, receive, "dispatch")  # type: ignore[no-untyped-call]
-    flat = torch.tensor(counts_Ne, dtype=torch.int64).view(-1)
-    labels = torch.arange(len(mine)).repeat(comm.size).repeat_interleave(flat)
+    rows_RC: torch.Tensor = Send.apply(sent_RC, anchor, exchange, counts_SO, "dispatch")  # type: ignore[no-untyped-call]
+    flat = torch.tensor(counts_Se, dtype=torch.int64).view(-1)
+    labels = torch.arange(len(mine)).repeat(exchange.sources).repeat_interleave(flat)
     order_R = torch.argsort(labels, stable=True).to(x_TC.device)
     inverse_R = torch.empty_like(order_R)
     inverse_R[order_R] = torch.arange(len(order_R), device=order_R.device)
     sorted_RC: torch.Tensor = Permute.apply(rows_RC, order_R, inverse_R)  # type: ignore[no-untyped-call]
-    out_RC = experts(sorted_RC, [sum(column) for column in zip(*counts_Ne, strict=True)])
+    out_RC = experts(sorted_RC, [sum(column) for column in zip(*counts_Se, strict=True)])
     back_RC: torch.Tensor = Permute.apply(out_RC, inverse_R, order_R)  # type: ignore[no-untyped-call]
-    home_RC: torch.Tensor = ExchangeRows.apply(back_RC, anchor, comm, receive, send, "combine")  # type: ignore[no-untyped-call]
+    home_RC: torch.Tensor = Home.apply(back_RC, anchor, exchange, counts_SO, "combine")  # type: ignore[no-untyped-call]
     out: torch.Tensor = Combine.apply(home_RC, routing.weights_TK, plan)  # type: ignore[no-untyped-call]
     return out
 
 
-def refuse(comm: Comm, num_experts: int, error: Exception) -> None:
+def refuse(exchange: Exchange, num_experts: int, error: Exception) -> None:
     """Tell the other ranks, which wait in `run_across`, that this one has met ``error`` and will not come."""
-    comm.agree(
-        [_NON_FINITE if isinstance(error, NonFiniteError) else _OTHER, 0, 0, *[0] * num_experts], "dispatch.counts"
-    )
+    kind = _NON_FINITE if isinstance(error, NonFiniteError) else _OTHER
+    status = kind + 4 * exchange.ranks[exchange.source]
+    exchange.agree([status, 0, 0, *[0] * num_experts], "dispatch.counts")
 
 
-def _agree(comm: Comm, x_TC: torch.Tensor, counts: Sequence[int]) -> list[list[int]]:
-    """Every rank's rows per expert; raises, on all, if one has met an error or brings rows of another width."""
-    numbers = comm.agree([0, x_TC.shape[1], x_TC.element_size(), *counts], "dispatch.counts")
-    for rank, row in zip(comm.ranks, numbers, strict=True):
-        if row[0] == _NON_FINITE:
+def _agree(exchange: Exchange, x_TC: torch.Tensor, counts: Sequence[int]) -> list[list[int]]:
+    """Every source's rows per expert; raises, on all, if one has met an error or brings rows of another width."""
+    numbers = exchange.agree([0, x_TC.shape[1], x_TC.element_size(), *counts], "dispatch.counts")
+    for row in numbers:
+        rank, kind = divmod(row[0], 4)
+        if kind == _NON_FINITE:
             raise NonFiniteError(f"the router's logits are not finite on rank {rank}; its own message names the row")
-        if row[0] == _OTHER:
+        if kind == _OTHER:
             raise MismatchError(f"rank {rank} has failed before its tokens were sent; its own message says why")
-    for rank, row in zip(comm.ranks, numbers, strict=True):
+        if kind == Coordinated.APART:
+            raise MismatchError(
+                f"the tensor-parallel ranks beginning with rank {rank} route different tokens: a coordinated exchange "
+                "needs identical ones on them; give them the same batch, or use exchange='flat'"
+            )
+    for rank, row in zip(exchange.ranks, numbers, strict=True):
         if row[1:3] != numbers[0][1:3]:
             raise MismatchError(
                 f"an MoE layer runs on rows of {numbers[0][1]} elements of {numbers[0][2]} bytes on rank "
-                f"{comm.ranks[0]} and of {row[1]} elements of {row[2]} bytes on rank {rank}: use one dtype on all ranks"
+                f"{exchange.ranks[0]} and of {row[1]} elements of {row[2]} bytes on rank {rank}: "
+                "use one dtype on all ranks"
             )
     return [row[3:] for row in numbers]
 

@@ -15,6 +15,8 @@ from torch import nn
 
 from trivium.base.errors import ConfigError
 from trivium.dist.comm import Comm
+from trivium.dist.exchange import Exchange, ExchangeConfig, make_exchange
+from trivium.dist.exchange import Kind as ExchangeKind
 from trivium.dist.mesh import Mesh
 from trivium.moe import losses
 from trivium.moe.capacity import CapacityConfig, capacity, keep
@@ -61,6 +63,8 @@ class MoE(nn.Module):
         gate: a `GateConfig`, or a module that does what `Gate` does.
         expert: ``"swiglu"``, ``"gelu"``, or a function from an expert's global number to a module [R, dim] → [R, dim].
         balance_weight, z_weight: of the two losses in ``aux.loss``.
+        exchange: how tokens travel between ranks: ``"auto"``, ``"flat"``, ``"hierarchical"``, ``"coordinated"`` or an
+            `ExchangeConfig`; results are equal bit for bit. Coordinated spreads experts over the tensor axis too.
         layer: the layer's number, for messages and seeds. seed: None draws one from torch's default generator.
 
     With ep above 1 construction and every call are collective: each rank calls forward, and backward, as often as the
@@ -85,6 +89,7 @@ class MoE(nn.Module):
         init_std: float = 0.02,
         layer: int = 0,
         seed: int | None = None,
+        exchange: ExchangeKind | ExchangeConfig = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -101,7 +106,8 @@ class MoE(nn.Module):
         if isinstance(capacity_factor, int | float):
             capacity_factor = CapacityConfig(factor=capacity_factor)
         self.capacity = capacity_factor
-        self.comm, axis = _ranks(mesh, ep)
+        config = exchange if isinstance(exchange, ExchangeConfig) else ExchangeConfig(kind=exchange)
+        self.exchange, axis = _exchange(mesh, ep, config)
         self._data_rank = 0 if mesh is None else mesh.data_rank
         if num_experts < self.comm_size:
             raise ConfigError(
@@ -117,7 +123,7 @@ class MoE(nn.Module):
             if isinstance(gate, nn.Module)
             else Gate(dim, num_experts, top_k, gate, seed=seed, layer=layer, device=device, dtype=dtype)
         )
-        numbers = owners(num_experts, self.comm_size)[self.comm.rank if self.comm else 0]
+        numbers = owners(num_experts, self.comm_size)[self.exchange.owner if self.exchange else 0]
         self.experts = Experts(numbers, make, seed=seed, layer=layer, axis=axis, device=device)
         self.dense: nn.Module | None = None
         self.mix: Linear | None = None
@@ -130,7 +136,7 @@ class MoE(nn.Module):
     @property
     def comm_size(self) -> int:
         """Over how many ranks the experts are spread."""
-        return self.comm.size if self.comm else 1
+        return self.exchange.owners if self.exchange else 1
 
     def forward(
         self,
@@ -163,13 +169,13 @@ class MoE(nn.Module):
             gating: Gating = self.gate(x_TC, experts_TK=chosen, step=step, **place)
             routing = self._route(gating, routing, step, first)
         except Exception as error:  # whatever it is, the other ranks must not wait for this one
-            if self.comm is not None:
-                refuse(self.comm, self.num_experts, error)
+            if self.exchange is not None:
+                refuse(self.exchange, self.num_experts, error)
             raise
-        if self.comm is None:
+        if self.exchange is None:
             y_TC = run_local(x_TC, routing, self.num_experts, self.experts)
         else:
-            y_TC = run_across(x_TC, routing, self.num_experts, self.experts, self.comm)
+            y_TC = run_across(x_TC, routing, self.num_experts, self.experts, self.exchange)
         return self._add_dense(x_TC, y_TC).view(x.shape), self._aux(gating, routing)
 
     def extra_repr(self) -> str:
@@ -220,17 +226,29 @@ class MoE(nn.Module):
         )
 
 
-def _ranks(mesh: Mesh | None, ep: int | None) -> tuple[Comm | None, str]:
-    """The ranks that share the experts (None: this one alone), and the axis of those that hold the same ones."""
+def _exchange(mesh: Mesh | None, ep: int | None, config: ExchangeConfig) -> tuple[Exchange | None, str]:
+    """How the ranks that share the experts exchange rows (None: this one alone), and the axis of those with the same.
+
+    A coordinated exchange spreads experts over the tensor axis too, where each then lives once.
+    """
     if ep is not None and ep < 1:
         raise ConfigError(f"ep={ep}: expected 1 or more, or None for the mesh's")
     if mesh is None:
         if ep is not None and ep > 1:
             raise ConfigError(f"ep={ep} needs mesh=: pass what tv.init(ep={ep}) returned")
         return None, "dp"
-    if ep == 1 or (ep is None and mesh.comm("ep").size == 1):
+    apart = config.kind == "coordinated"
+    if ep == 1 and not apart:
         return None, "dp"
+    comm, across = _ranks(mesh, ep)
+    if comm.size == 1 and not apart:
+        return None, "dp"
+    return make_exchange(mesh, comm, config), across
+
+
+def _ranks(mesh: Mesh, ep: int | None) -> tuple[Comm, str]:
+    """The ranks that share the experts, and the axis of those that hold the same ones."""
     if ep is None or ep == mesh.comm("ep").size:
-        return mesh.channel(mesh.comm("ep"), "moe"), "edp"
+        return mesh.comm("ep"), "edp"
     inside, across = mesh.split("dp", ep)
-    return mesh.channel(inside, "moe"), across.axis
+    return inside, across.axis
