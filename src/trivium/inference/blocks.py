@@ -113,6 +113,15 @@ class BlockPool:
         """How many of ``blocks`` nobody holds: sharing them makes as many fewer free."""
         return sum(1 for block in blocks if self._references[block] == 0)
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Drop what is remembered of ``blocks``: their content is not to be used by others."""
+        for block in blocks:
+            if block in self._digests:
+                self._forget(block)
+                if block in self._unused:
+                    del self._unused[block]
+                    self._free.append(block)
+
     def forget_all(self) -> None:
         """Drop every remembered prefix (new weights make them wrong); held blocks stay held."""
         self._free.extend(self._unused)

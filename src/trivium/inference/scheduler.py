@@ -132,7 +132,8 @@ class Scheduler:
         if needed > self.pool.num_blocks:
             raise CapacityError(
                 f"request {request_id}: {max_tokens} tokens need {needed} cache blocks of "
-                f"{self.pool.block_size} tokens, the cache has {self.pool.num_blocks}; shorten it, or give the engine more memory"
+                f"{self.pool.block_size} tokens, the cache has {self.pool.num_blocks}; shorten it, or give the engine "
+                "more memory"
             )
         if choices > self.max_sequences:
             raise CapacityError(

@@ -1,0 +1,75 @@
+"""What the engine counts, and a picture of it at one moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from trivium.inference.scheduler import Scheduler
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """Counts since the engine was made, and what it holds now. ``finished`` is by finish reason, per choice.
+
+    ``cached_tokens``: of prompts, found in the prefix cache. ``tokens_per_expert``: per MoE layer and expert.
+    """
+
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_free: int
+    blocks_remembered: int
+    block_size: int
+    steps: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    preemptions: int
+    drafted_tokens: int
+    accepted_tokens: int
+    finished: dict[str, int]
+    tokens_per_expert: tuple[tuple[int, ...], ...]
+
+
+class Counters:
+    """The engine's running counts."""
+
+    def __init__(self, num_experts: tuple[int, ...]) -> None:
+        """``num_experts``: per MoE layer."""
+        self.num_experts = num_experts
+        self.steps = 0
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.generated_tokens = 0
+        self.drafted_tokens = 0
+        self.accepted_tokens = 0
+        self.finished = {"stop": 0, "length": 0, "abort": 0, "error": 0}
+        self._per_expert = tuple(torch.zeros(count, dtype=torch.int64) for count in num_experts)
+
+    def route(self, routing: tuple[tuple[torch.Tensor, torch.Tensor], ...]) -> None:
+        """Count a step's choices of experts, layer by layer."""
+        for counts, (experts, _) in zip(self._per_expert, routing, strict=False):
+            counts += torch.bincount(experts.flatten().cpu(), minlength=len(counts))
+
+    def snapshot(self, scheduler: Scheduler) -> EngineStats:
+        """The counts with the scheduler's."""
+        pool = scheduler.pool
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            blocks_total=pool.num_blocks,
+            blocks_free=pool.num_free,
+            blocks_remembered=pool.num_remembered,
+            block_size=pool.block_size,
+            steps=self.steps,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            generated_tokens=self.generated_tokens,
+            preemptions=scheduler.num_preemptions,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
+            finished=dict(self.finished),
+            tokens_per_expert=tuple(tuple(counts.tolist()) for counts in self._per_expert),
+        )
