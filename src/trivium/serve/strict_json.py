@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from trivium.serve.errors import ApiError
 from trivium.serve.limits import Limits
 
-_PARTS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+_PARTS = re.compile(r'"[^"]*"?|[\[{]|[\]}]')
 _MARKS = {b"\xef\xbb\xbf": "a UTF-8 byte order mark", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
@@ -54,10 +54,10 @@ def _text(body: bytes) -> str:
 
 def _bound(text: str, limits: Limits) -> None:
     """Depth and number of parts, in time that the caps bound: an attack is left at its first part too many."""
-    depth = parts = 0
-    for match in _PARTS.finditer(text):
-        parts += 1
-        first = text[match.start()]
+    depth = 0
+    plain = text.replace("\\\\", "..").replace('\\"', "..")  # same offsets, and a quote ends a string
+    for parts, match in enumerate(_PARTS.finditer(plain), 1):
+        first = plain[match.start()]
         if first in "[{":
             depth += 1
             if depth > limits.json_depth:

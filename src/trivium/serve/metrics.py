@@ -1,0 +1,71 @@
+"""What the server counts, under the names the field uses; every label is one of a fixed few."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+FINISH_REASONS = ("stop", "length", "tool_calls", "abort", "error")
+_FIRST_TOKEN_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+_NEXT_TOKEN_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
+_WHOLE_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
+_TOKENS = (1, 8, 32, 128, 512, 2048, 8192, 32768)
+
+
+class Metrics:
+    """One registry per server; counters are touched on the event loop only."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        r = self.registry
+        self.prompt_tokens = Counter("trivium_prompt_tokens", "Prompt tokens taken.", registry=r)
+        self.cached_tokens = Counter("trivium_prompt_tokens_cached", "Prompt tokens found in the cache.", registry=r)
+        self.generated_tokens = Counter("trivium_generation_tokens", "Tokens generated.", registry=r)
+        self.first_token = Histogram(
+            "trivium_time_to_first_token_seconds", "From arrival to first token.", buckets=_FIRST_TOKEN_S, registry=r
+        )
+        self.next_token = Histogram(
+            "trivium_inter_token_latency_seconds", "From a token to the next.", buckets=_NEXT_TOKEN_S, registry=r
+        )
+        self.whole = Histogram(
+            "trivium_e2e_request_latency_seconds", "From arrival to the end.", buckets=_WHOLE_S, registry=r
+        )
+        self.prompt_size = Histogram("trivium_request_prompt_tokens", "Prompt sizes.", buckets=_TOKENS, registry=r)
+        self.answer_size = Histogram("trivium_request_generation_tokens", "Answer sizes.", buckets=_TOKENS, registry=r)
+        self.finished = Counter(
+            "trivium_request_success", "Choices by how they ended.", ["finished_reason"], registry=r
+        )
+        self.rejected = Counter("trivium_requests_rejected", "Requests refused for load.", ["reason"], registry=r)
+        self.refused = Counter("trivium_connections_refused", "Connections ended by a cap.", ["reason"], registry=r)
+        self.answered = Counter("trivium_http_requests", "Answers by status class.", ["status"], registry=r)
+        self.cancelled = Counter("trivium_requests_cancelled", "Requests whose client went away.", registry=r)
+        for reason in FINISH_REASONS:
+            self.finished.labels(reason)
+
+    def watch(self, gauges: Callable[[], dict[str, tuple[str, float]]], experts: Callable[[], object]) -> None:
+        """Read ``gauges`` (name → help, value) and the tokens per expert whenever the metrics are asked for."""
+        self.registry.register(_Live(gauges, experts))
+
+    def text(self) -> bytes:
+        """The exposition format."""
+        return generate_latest(self.registry)
+
+
+class _Live(Collector):
+    def __init__(self, gauges: Callable[[], dict[str, tuple[str, float]]], experts: Callable[[], object]) -> None:
+        self._gauges = gauges
+        self._experts = experts
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        for name, (about, value) in self._gauges().items():
+            yield GaugeMetricFamily(name, about, value=value)
+        layers = self._experts()
+        if isinstance(layers, list):
+            family = GaugeMetricFamily("trivium_expert_tokens", "Tokens per expert.", labels=["layer", "expert"])
+            for layer, counts in enumerate(layers):
+                for expert, tokens in enumerate(counts):
+                    family.add_metric([str(layer), str(expert)], float(tokens))
+            yield family
