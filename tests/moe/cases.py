@@ -186,11 +186,3 @@ def sharded(mesh: Any, stage: int, ep: int) -> float:
     state = tv.zero.full_state_dict(model)
     expected = alone.state_dict()
     return max((far(value, expected[name]) for name, value in state.items()), default=0.0)
-
-
-def sharded_apart(mesh: Any) -> str:
-    try:
-        sharded(mesh, 3, mesh.size)
-    except MismatchError as error:
-        return str(error)
-    return "no error"

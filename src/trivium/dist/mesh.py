@@ -17,6 +17,32 @@ from trivium.base.errors import ConfigError
 from trivium.dist.comm import Comm, Link
 from trivium.dist.ledger import Ledger
 
+Rows = list[list[int]]
+
+
+def axis_rows(size: int, *, ep: int = 1, tp: int = 1, pp: int = 1) -> dict[str, Rows]:
+    """The groups of every axis of ``size`` ranks; every rank is in one group of each. ``ep·tp·pp`` divides ``size``."""
+    outer = size // (tp * pp * ep)
+
+    def at(p: int, o: int, e: int, t: int) -> int:
+        return ((p * outer + o) * ep + e) * tp + t
+
+    pipes, outers, experts, tensors = range(pp), range(outer), range(ep), range(tp)
+    return {
+        "world": [list(range(size))],
+        "dp": [[at(p, o, e, t) for o in outers for e in experts] for p in pipes for t in tensors],
+        "edp": [[at(p, o, e, t) for o in outers] for p in pipes for e in experts for t in tensors],
+        "ep": [[at(p, o, e, t) for e in experts] for p in pipes for o in outers for t in tensors],
+        "tp": [[at(p, o, e, t) for t in tensors] for p in pipes for o in outers for e in experts],
+        "pp": [[at(p, o, e, t) for p in pipes] for o in outers for e in experts for t in tensors],
+    }
+
+
+def split_rows(rows: Rows, inner: int) -> tuple[Rows, Rows]:
+    """Each row cut into groups of ``inner`` neighbours, and the ranks at the same place of every group of a row."""
+    inside = [row[start : start + inner] for row in rows for start in range(0, len(row), inner)]
+    return inside, [row[place::inner] for row in rows for place in range(inner)]
+
 
 class Mesh:
     """Named axes over the processes of torch's default group. Building one is collective."""
@@ -39,13 +65,10 @@ class Mesh:
             )
         self.rank, self.size, self.device = rank, size, device
         self.link = Link(device, delay_s)
-        grid = torch.arange(size).view(pp, dp // ep, ep, tp)
-        self._comms: dict[str, Comm] = {"world": self._comm("world", [list(range(size))])}
-        self._comms["dp"] = self._comm("dp", grid.permute(0, 3, 1, 2).reshape(-1, dp).tolist())
-        self._comms["edp"] = self._comm("edp", grid.permute(0, 2, 3, 1).reshape(-1, dp // ep).tolist())
-        self._comms["ep"] = self._comm("ep", grid.permute(0, 1, 3, 2).reshape(-1, ep).tolist())
-        self._comms["tp"] = self._comm("tp", grid.reshape(-1, tp).tolist())
-        self._comms["pp"] = self._comm("pp", grid.permute(1, 2, 3, 0).reshape(-1, pp).tolist())
+        self._rows: dict[str, Rows] = {}
+        self._comms: dict[str, Comm] = {}
+        for axis, rows in axis_rows(size, ep=ep, tp=tp, pp=pp).items():
+            self._add(axis, rows)
 
     @property
     def data_rank(self) -> int:
@@ -72,15 +95,9 @@ class Mesh:
         if inner < 1 or comm.size % inner:
             raise ConfigError(f"cannot cut axis {axis} of {comm.size} ranks into groups of {inner}")
         if inner == comm.size:
-            return comm, self._solo(f"{axis}/across")
-        inside, across = f"{axis}/{inner}", f"{axis}/{inner}/across"
-        if inside not in self._comms:
-            every = self._unique_rows(comm)
-            self._comms[inside] = self._comm(
-                inside, [row[i : i + inner] for row in every for i in range(0, len(row), inner)]
-            )
-            self._comms[across] = self._comm(across, [row[i::inner] for row in every for i in range(inner)])
-        return self._comms[inside], self._comms[across]
+            return comm, self._add(f"{axis}/across", [[rank] for rank in range(self.size)])
+        inside_rows, across_rows = split_rows(self._rows[axis], inner)
+        return self._add(f"{axis}/{inner}", inside_rows), self._add(f"{axis}/{inner}/across", across_rows)
 
     def channel(self, comm: Comm, name: str) -> Comm:
         """The ranks of ``comm`` again, with an order of messages of their own. Collective over the whole mesh.
@@ -89,9 +106,8 @@ class Mesh:
         """
         key = f"{comm.axis}#{name}"
         if key not in self._comms:
-            rows = self._unique_rows(comm)
             backend = "gloo" if name == "control" else None
-            for row in rows:
+            for row in self._rows[comm.axis]:
                 group = dist.new_group(row, backend=backend) if len(row) > 1 else None
                 if self.rank in row:
                     self._comms[key] = Comm(comm.axis, row, self.rank, group, self.link, on_cpu=backend is not None)
@@ -101,15 +117,14 @@ class Mesh:
         """``with mesh.ledger() as sent:`` counts what this rank sends inside the block."""
         return self.link.books.open()
 
-    def _unique_rows(self, comm: Comm) -> list[list[int]]:
-        """The groups of this axis, every rank's, in one order on every rank."""
-        rows = self.comm("world").all_gather_json(list(comm.ranks))
-        return [list(row) for row in dict.fromkeys(tuple(row) for row in rows)]
+    def _add(self, axis: str, rows: Rows) -> Comm:
+        """The axis made of ``rows``, its groups made when it is first asked for."""
+        if axis not in self._comms:
+            self._rows[axis] = rows
+            self._comms[axis] = self._comm(axis, rows)
+        return self._comms[axis]
 
-    def _solo(self, axis: str) -> Comm:
-        return Comm(axis, [self.rank], self.rank, None, self.link)
-
-    def _comm(self, axis: str, rows: list[list[int]]) -> Comm:
+    def _comm(self, axis: str, rows: Rows) -> Comm:
         mine: Comm | None = None
         for row in rows:
             group: dist.ProcessGroup | None = None

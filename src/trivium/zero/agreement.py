@@ -1,12 +1,15 @@
 """What all ranks must have alike before a model is cut: its shape, its values, its units, the optimizers over it.
 
-ZeRO section 5 takes data parallelism's identical replicas for granted; here that is checked, before any payload.
+ZeRO section 5 takes data parallelism's identical replicas for granted; here that is checked, before any payload:
+dense parameters over all data-parallel ranks, experts over those that hold the same ones.
 """
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import xxhash
@@ -14,9 +17,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trivium.base.errors import ConfigError, MismatchError
+from trivium.dist.comm import Comm
 from trivium.dist.mesh import Mesh
 from trivium.zero.placement import ZeroConfig
-from trivium.zero.units import UnitSpec
+from trivium.zero.units import FlatKey, UnitSpec, axis_of
 
 
 def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
@@ -36,54 +40,137 @@ def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
 
 
 def agree_on_model(model: nn.Module, optimizers: Sequence[Optimizer], mesh: Mesh, config: ZeroConfig) -> None:
-    """The same names, shapes and dtypes everywhere, the same configuration and kinds of optimizers."""
-    described = [
-        [name, str(param.dtype), list(param.shape), param.requires_grad] for name, param in model.named_parameters()
+    """The same names, shapes and dtypes on all ranks that hold the same parameters, the same configuration and kinds of
+    optimizers on all."""
+    parameters = [
+        [name, str(param.dtype), list(param.shape), param.requires_grad, axis_of(model, name)]
+        for name, param in model.named_parameters()
     ]
-    everyone = mesh.comm("dp").all_gather_json(described)
-    for rank, other in enumerate(everyone):
-        for mine, theirs in zip(everyone[0], other, strict=False):
-            if mine != theirs:
-                mesh.comm("dp").require_equal(theirs if mesh.data_rank == rank else mine, "the model's parameter")
-        if len(other) != len(everyone[0]):
-            mesh.comm("dp").require_equal(len(described), "the model's number of parameters")
-    mesh.comm("dp").require_equal(repr(config), "the [zero] configuration")
-    mesh.comm("dp").require_equal([type(one).__name__ for one in optimizers], "the list of optimizers")
-
-
-def agree_on_units(specs: Sequence[UnitSpec], mesh: Mesh) -> None:
-    """The same modules gathered together everywhere, and the same parameters under each optimizer."""
-    described = [
-        [spec.name, sorted([key.axis, key.cut, str(key.optimizer), *names] for key, names in spec.flats.items())]
-        for spec in specs
-    ]
+    axes = {axis: list(mesh.comm(axis).ranks) for axis in sorted({"dp", *(str(row[4]) for row in parameters)})}
     comm = mesh.comm("dp")
-    comm.require_equal(len(described), "the number of units")
-    everyone = comm.all_gather_json([zlib.crc32(repr(one).encode()) for one in described])
-    for place, one in enumerate(described):
-        if len({numbers[place] for numbers in everyone}) > 1:
-            comm.require_equal(one, "the unit (module, its parameters and their optimizers)")
-
-
-def agree_on_values(model: nn.Module, specs: Sequence[UnitSpec], mesh: Mesh) -> None:
-    """The same bits in every parameter that all data-parallel ranks hold; meta parameters get theirs later."""
-    parameters = dict(model.named_parameters())
-    names = [
-        name
-        for spec in specs
-        for key, inside in spec.flats.items()
-        if key.axis == "dp" and key.device.type != "meta"
-        for name in inside
-    ]
-    comm = mesh.comm("dp")
-    if comm.size == 1 or not names:
-        return
-    everyone = comm.all_gather_json([_fingerprint(parameters[name]) for name in names])
-    for place, name in enumerate(names):
-        for rank, fingerprints in enumerate(everyone):
-            if fingerprints[place] != everyone[0][place]:
+    everyone = comm.all_gather_json({"axes": axes, "parameters": parameters})
+    owner: dict[tuple[str, str], int] = {}
+    for axis, members in _groups(comm, [told["axes"] for told in everyone]):
+        lists = [[row for row in everyone[place]["parameters"] if row[4] == axis] for place in members]
+        what = "the model's parameter" if axis == "dp" else f"the parameter (reduced over {axis}, not dp)"
+        _require_same_rows([comm.ranks[place] for place in members], lists, what)
+        for name, *_ in lists[0]:
+            other = owner.setdefault((axis, name), comm.ranks[members[0]])
+            if other != comm.ranks[members[0]]:
                 raise MismatchError(
-                    f"{name} has other values on rank {comm.ranks[rank]} than on rank {comm.ranks[0]}: build the model "
+                    f"{name} is reduced over {axis}, but ranks {other} and {comm.ranks[members[0]]}, which are in "
+                    "different groups of that axis, both have it: name experts by their global number"
+                )
+    comm.require_equal(repr(config), "the [zero] configuration")
+    comm.require_equal([type(one).__name__ for one in optimizers], "the list of optimizers")
+
+
+def _groups(comm: Comm, told: Sequence[dict[str, list[int]]]) -> list[tuple[str, tuple[int, ...]]]:
+    """Every group of ranks that hold the same parameters: the axis, and its ranks' places in ``comm``."""
+    found: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for place, axes in enumerate(told):
+        for axis, group in axes.items():
+            found.setdefault((axis, tuple(group)), []).append(comm.ranks[place])
+    for (axis, ranks), present in found.items():
+        if sorted(ranks) != sorted(present):
+            raise MismatchError(
+                f"ranks {list(ranks)} reduce parameters over axis {axis}, but of the data-parallel ranks only "
+                f"{present} have such parameters: build the same model, with the same ep of each layer, on every rank"
+            )
+    return [(axis, tuple(map(comm.ranks.index, ranks))) for axis, ranks in found]
+
+
+def _require_same_rows(ranks: Sequence[int], lists: Sequence[list[Any]], what: str) -> None:
+    for rank, rows in zip(ranks, lists, strict=True):
+        for mine, theirs in zip(lists[0], rows, strict=False):
+            if mine != theirs:
+                raise MismatchError(
+                    f"{what} differs across ranks: rank {ranks[0]} has {mine!r}, rank {rank} has {theirs!r}"
+                )
+        if len(rows) != len(lists[0]):
+            raise MismatchError(
+                f"the number of parameters differs across ranks: rank {ranks[0]} has {len(lists[0])}, "
+                f"rank {rank} has {len(rows)}; {_first_extra(lists[0], rows)}"
+            )
+
+
+def _first_extra(one: list[Any], other: list[Any]) -> str:
+    longer = max(one, other, key=len)
+    return f"the first that only one has is {longer[min(len(one), len(other))][0]}"
+
+
+def agree_on_units(specs: Sequence[UnitSpec], mesh: Mesh) -> list[dict[FlatKey, int]]:
+    """The same modules gathered together everywhere, and the same parameters under each optimizer where ranks hold the
+    same ones.
+
+    Returns, for each unit, the flats that any rank has, in one order on all, each with the most parameters that a rank
+    has in it. A rank that has no such parameters has the flat all the same, empty.
+    """
+    comm = mesh.comm("dp")
+    keys = [{_key_text(key): key for key in spec.flats} for spec in specs]
+    described = [
+        [spec.name, [[text, len(spec.flats[key]), _number(spec.flats[key])] for text, key in by_text.items()]]
+        for spec, by_text in zip(specs, keys, strict=True)
+    ]
+    axes = {key.axis: list(mesh.comm(key.axis).ranks) for spec in specs for key in spec.flats}
+    everyone = comm.all_gather_json({"axes": axes, "units": described})
+    lists = [[name for name, _ in told["units"]] for told in everyone]
+    for place in range(max(map(len, lists))):
+        if len({names[place] if place < len(names) else None for names in lists}) > 1:
+            mine = specs[place] if place < len(specs) else None
+            inside = None if mine is None else [mine.name, *(name for names in mine.flats.values() for name in names)]
+            comm.require_equal(inside, f"unit {place} (a module and its parameters, gathered together)")
+    groups = _groups(comm, [told["axes"] for told in everyone])
+    table = []
+    for number, spec in enumerate(specs):
+        by_rank = [{text: (count, crc) for text, count, crc in told["units"][number][1]} for told in everyone]
+        texts = dict.fromkeys(text for flats in by_rank for text in flats)
+        for text in texts:
+            for axis, members in groups:
+                if axis == json.loads(text)[0] and len({by_rank[place].get(text) for place in members}) > 1:
+                    mine = [names for key, names in spec.flats.items() if _key_text(key) == text]
+                    raise MismatchError(
+                        f"the unit {spec.name or 'the root'} has different parameters under an optimizer on ranks "
+                        f"{[comm.ranks[place] for place in members]} (axis, dtype, device, trained, optimizer, cut: "
+                        f"{text}); here {mine}"
+                    )
+        table.append(
+            {
+                keys[number].get(text) or _key_of(text, mesh): max(flats.get(text, (0, 0))[0] for flats in by_rank)
+                for text in texts
+            }
+        )
+    return table
+
+
+def _key_text(key: FlatKey) -> str:
+    """What of a key must be alike on all ranks, as JSON."""
+    dtype = str(key.dtype).removeprefix("torch.")
+    return json.dumps([key.axis, dtype, key.device.type, key.trainable, key.optimizer, key.cut])
+
+
+def _key_of(text: str, mesh: Mesh) -> FlatKey:
+    axis, dtype, _, trainable, optimizer, cut = json.loads(text)
+    return FlatKey(getattr(torch, dtype), mesh.device, trainable, optimizer, cut, axis)
+
+
+def _number(names: Sequence[str]) -> int:
+    return zlib.crc32("\n".join(names).encode())
+
+
+def agree_on_values(model: nn.Module, mesh: Mesh) -> None:
+    """The same bits in every parameter on all data-parallel ranks that hold it; meta parameters get theirs later."""
+    comm = mesh.comm("dp")
+    if comm.size == 1:
+        return
+    mine = {name: _fingerprint(param) for name, param in model.named_parameters() if not param.is_meta}
+    first: dict[str, tuple[int, int]] = {}
+    for rank, fingerprints in zip(comm.ranks, comm.all_gather_json(mine), strict=True):
+        for name, fingerprint in fingerprints.items():
+            known, other = first.setdefault(name, (fingerprint, rank))
+            if known != fingerprint:
+                raise MismatchError(
+                    f"{name} has other values on rank {rank} than on rank {other}: build the model "
                     "from the same seed or checkpoint on every rank, or on the meta device"
                 )
 

@@ -9,10 +9,9 @@ gathers are prefetched, reductions overlap the rest of backward.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -20,13 +19,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trivium.base import log
-from trivium.base.errors import ConfigError, MismatchError
+from trivium.base.errors import ConfigError
+from trivium.dist.comm import Comm
 from trivium.dist.mesh import Mesh
-from trivium.dist.shard import Entry, Piece, ShardMap, attach_shard_map, shard_map_of
+from trivium.dist.shard import Entry, Piece, attach_shard_map, shard_map_of
 from trivium.memory.meter import Meter
 from trivium.memory.pages import recycled_pages
 from trivium.zero.agreement import agree_on_model, agree_on_units, agree_on_values, check_optimizers
-from trivium.zero.conductor import Meeting
 from trivium.zero.engine import Engine
 from trivium.zero.flat import Comms, Flat
 from trivium.zero.hooks import install
@@ -35,14 +34,11 @@ from trivium.zero.optimizer import ZeroOptimizer, cut_of, take_segments
 from trivium.zero.placement import Cut, ZeroConfig, lay_out
 from trivium.zero.scale import LossScale
 from trivium.zero.unit import Unit
-from trivium.zero.units import Units, UnitSpec, assign, names_by_identity, shared_units
+from trivium.zero.units import FlatKey, Units, UnitSpec, assign, shared_units
+from trivium.zero.usage import Places
+from trivium.zero.whole import ZeroMap, engine_of, full_state_dict, gathered, iter_full
 
-
-@dataclass(kw_only=True)
-class ZeroMap(ShardMap):
-    """The shard map of a module that `shard` cut, with the engine behind it."""
-
-    engine: Engine
+__all__ = ["engine_of", "full_state_dict", "gathered", "iter_full", "meter_of", "no_sync", "shard"]
 
 
 @overload
@@ -98,6 +94,9 @@ def shard(
 ) -> tuple[nn.Module, ZeroOptimizer | list[ZeroOptimizer] | None]:
     """Cut ``model``'s states over the ranks of ``mesh``'s data axis; every rank must call it with the same model.
 
+    Parameters inside a module with a `trivium.dist.shard.Placement` (experts) are cut over the ranks of its axis, which
+    hold the same ones; the other ranks have others, under other names.
+
     Returns the same module object and the optimizer over this rank's segments (a list for a list, None for None).
     ``units``: which modules are gathered together: ``"auto"`` (elements of the outermost lists of layers, large
     embeddings and
@@ -120,14 +119,15 @@ def shard(
         for group in one.param_groups:
             owner.update((id(param), (number, cut)) for param in group["params"])
     specs = assign(model, units, owner)
-    agree_on_units(specs, mesh)
-    agree_on_values(model, specs, mesh)
+    table = agree_on_units(specs, mesh)
+    agree_on_values(model, mesh)
     meter = Meter()
     replaced = replace_meta(model, mesh.device)
     fill_buffers(model, mesh.device, init, seed)
-    built = _build(model, specs, mesh, config, meter, init, seed, replaced)
+    built = _build(model, specs, table, mesh, config, meter, init, seed, replaced)
     scale = _loss_scale(config, built)
-    engine = Engine(built, mesh.channel(mesh.comm("dp"), "control"), config, meter, scale)
+    data = mesh.comm("dp")
+    engine = Engine(built, data, mesh.channel(data, "control"), config, meter, scale, _places(built, table, data))
     for number, one in enumerate(optimizers):
         take_segments(one, [flat for flat in engine.flats if flat.optimizer == number], replaced)
     install(engine)
@@ -148,88 +148,9 @@ def no_sync(model: nn.Module) -> Iterator[None]:
         engine.syncs = before
 
 
-@contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """A module's parameters whole, at any stage: readable, and writable if every rank writes the same. Collective."""
-    engine = engine_of(module)
-    mine = {id(param) for param in module.parameters()}
-    units = [unit for unit in engine.units if any(id(param) in mine for flat in unit.flats for param in flat.params)]
-    with _visited(engine, units):
-        yield
-        with torch.no_grad():
-            for unit in units:
-                for flat in unit.flats:
-                    flat.absorb()
-
-
-def iter_full(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Canonical name and whole value of every parameter, one unit gathered at a time, then buffers. Collective.
-
-    The tensor is a view that is valid until the next one is asked for. Order is by unit.
-    """
-    engine = engine_of(model)
-    names = {id(param): name for name, param in model.named_parameters()}
-    for unit in engine.units:
-        inside = [(names[id(param)], param) for flat in unit.flats for param in flat.params if id(param) in names]
-        if inside:
-            with _visited(engine, [unit]):
-                for name, param in inside:
-                    yield name, param.detach()
-    yield from model.named_buffers()
-
-
-def full_state_dict(model: nn.Module) -> dict[str, Any]:
-    """On rank 0 exactly the bare module's ``state_dict`` (tied names twice, buffers too) as host tensors; elsewhere {}.
-
-    Collective; gathers one unit at a time.
-    """
-    engine = engine_of(model)
-    first = engine.control.rank == 0
-    values: dict[str, Any] = {name: tensor.cpu().clone() for name, tensor in iter_full(model) if first}
-    if not first:
-        return {}
-    for canonical, names in names_by_identity(model).items():
-        values.update((name, values[canonical]) for name in names)
-    values.update((name, buffer.cpu().clone()) for name, buffer in model.named_buffers(remove_duplicate=False))
-    return {key: values[key] if extra is None else extra() for key, extra in _state_keys(model)}
-
-
-def engine_of(module: nn.Module) -> Engine:
-    """The engine of a sharded module or of a module inside one."""
-    found = shard_map_of(module)
-    if not isinstance(found, ZeroMap):
-        raise ConfigError(f"this {type(module).__name__} is not sharded: call trivium.zero.shard first")
-    return found.engine
-
-
 def meter_of(module: nn.Module) -> Meter:
     """Bytes held for a sharded module on this rank, by category."""
     return engine_of(module).meter
-
-
-@contextmanager
-def _visited(engine: Engine, units: Sequence[Unit]) -> Iterator[None]:
-    """Hold ``units`` gathered and pinned inside the block."""
-    wanted = zlib.crc32(repr([unit.number for unit in units]).encode())
-    for rank, row in enumerate(engine.conductor.meet(Meeting.VISIT, [wanted])):
-        if row[1] != wanted:
-            raise MismatchError(
-                f"ranks gather different modules: rank {engine.control.ranks[rank]} others than rank "
-                f"{engine.control.ranks[engine.control.rank]}, which gathers {[unit.name or 'root' for unit in units]}"
-            )
-    held = [unit.held for unit in units]
-    for unit in units:
-        unit.pins += 1
-        if not unit.whole:
-            unit.start_gather("visit")
-            unit.finish_gather()
-    try:
-        yield
-    finally:
-        for unit, was_held in zip(units, held, strict=True):
-            unit.pins -= 1
-            if not was_held:
-                unit.release()
 
 
 def _configure(config: ZeroConfig | None, options: dict[str, Any]) -> ZeroConfig:
@@ -246,6 +167,7 @@ def _configure(config: ZeroConfig | None, options: dict[str, Any]) -> ZeroConfig
 def _build(
     model: nn.Module,
     specs: Sequence[UnitSpec],
+    table: Sequence[Mapping[FlatKey, int]],
     mesh: Mesh,
     config: ZeroConfig,
     meter: Meter,
@@ -257,23 +179,30 @@ def _build(
     keep = shared_units(model, specs)
     pages = recycled_pages(mesh.device)
     units = []
-    for number, spec in enumerate(specs):
+    for number, (spec, keys) in enumerate(zip(specs, table, strict=True)):
         flats = []
-        for key, names in spec.flats.items():
-            comms = _comms(mesh, key.axis, config)
+        for key in keys:
+            comms, names = _comms(mesh, key.axis, config), spec.flats.get(key, [])
             params = [parameters[name] for name in names]
-            if params[0].device.type != mesh.device.type:
+            if params and params[0].device.type != mesh.device.type:
                 raise ConfigError(
                     f"{names[0]} is on {params[0].device}, the mesh on {mesh.device}: call model.to(mesh.device) first"
                 )
             layout = lay_out(
                 [p.numel() for p in params], comms.inside.size, key.dtype.itemsize, key.cut, comms.across.size
             )
-            flat = Flat(params, names, layout, config.row, comms, key.optimizer, key.cut == "parameter", meter, pages)
+            device = params[0].device if params else mesh.device
+            flat = Flat(key, params, names, layout, config.row, comms, device, meter, pages)
             fill_flat(model, flat, init, seed, replaced)
             flats.append(flat)
         units.append(Unit(number, spec.name, spec.module, flats, spec.name in keep))
     return units
+
+
+def _places(units: Sequence[Unit], table: Sequence[Mapping[FlatKey, int]], data: Comm) -> Places:
+    flats = [flat for unit in units for flat in unit.flats if flat.trainable]
+    counts = [count for keys in table for key, count in keys.items() if key.trainable]
+    return Places(counts, [tuple(map(data.ranks.index, flat.comms.world.ranks)) for flat in flats])
 
 
 def _comms(mesh: Mesh, axis: str, config: ZeroConfig) -> Comms:
@@ -337,17 +266,3 @@ def _publisher(engine: Engine) -> Callable[[], None]:
                 handle.wait()
 
     return publish
-
-
-def _state_keys(model: nn.Module) -> Iterator[tuple[str, Callable[[], Any] | None]]:
-    """The keys of the bare module's ``state_dict``; what gives a module's extra state comes with its key."""
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        dot = f"{prefix}." if prefix else ""
-        for name, param in module._parameters.items():
-            if param is not None:
-                yield dot + name, None
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield dot + name, None
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            yield dot + "_extra_state", module.get_extra_state

@@ -66,11 +66,14 @@ class Reducer:
     """Reduces whole flats: each rank ends with the sum over ranks of its own part.
 
     ``reduce`` must be called on every rank for the same flats in the same order; ``finish`` waits for all. Sends
-    (N-1)/N of each flat. Holds two pieces in flight in buffers of at most twice ``bucket_bytes`` in all.
+    (N-1)/N of each flat, N the ranks of its axis. Averages are over ``num_ranks``, all data-parallel ranks: an expert
+    has seen the tokens of all of them, however few hold it. Holds two pieces in flight in buffers of at most twice
+    ``bucket_bytes`` in all.
     """
 
-    def __init__(self, config: ZeroConfig, meter: Meter, flats: Sequence[Flat]) -> None:
+    def __init__(self, config: ZeroConfig, meter: Meter, flats: Sequence[Flat], num_ranks: int) -> None:
         self._config = config
+        self._divisor = num_ranks if config.average else 1
         self._meter = meter
         self._flights: deque[_Flight] = deque()
         self._jobs: deque[_Job] = deque()
@@ -106,7 +109,7 @@ class Reducer:
             if accumulate:
                 self._sums[key].copy_(flat.own_part())
                 if divided:
-                    self._sums[key].mul_(flat.comms.world.size)
+                    self._sums[key].mul_(self._divisor)
 
     def drop_sums(self) -> None:
         """Free the running sums kept apart; the gradients stay."""
@@ -162,7 +165,7 @@ class Reducer:
         total = self._sums.get(id(flat))
         if total is not None:
             part.copy_(total)
-            self._average(flat, part)
+            self._average(part)
         if flat.comms.across.size > 1:
             flat.comms.across.all_gather(flat.own_gradient(), part, "backward").wait()
         if not flat.row.optimizer:
@@ -233,12 +236,12 @@ class Reducer:
             _fold(wide, rows, afresh=afresh, own=0)
             target.copy_(wide)
         if total is None:
-            self._average(flat, target)
+            self._average(target)
         self.finite = self.finite and _is_finite(target)
 
-    def _average(self, flat: Flat, part: torch.Tensor) -> None:
-        if self._config.average and flat.comms.world.size > 1:
-            part.div_(flat.comms.world.size)
+    def _average(self, part: torch.Tensor) -> None:
+        if self._divisor > 1:
+            part.div_(self._divisor)
 
 
 def _fold(target: torch.Tensor, rows: Sequence[torch.Tensor], *, afresh: bool, own: int) -> None:

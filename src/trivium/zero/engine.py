@@ -18,7 +18,7 @@ by one, reductions proceed at these meetings, as far as every rank has launched.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -26,7 +26,6 @@ from torch import nn
 from trivium.base.errors import ConfigError
 from trivium.dist.comm import Comm
 from trivium.memory.meter import Meter
-from trivium.zero import usage
 from trivium.zero.bucket import Reducer
 from trivium.zero.conductor import Conductor, Meeting, Rows
 from trivium.zero.flat import Flat
@@ -34,49 +33,53 @@ from trivium.zero.placement import ZeroConfig
 from trivium.zero.scale import LossScale
 from trivium.zero.torch_private import at_end_of_backward, backward_id
 from trivium.zero.unit import Unit
+from trivium.zero.usage import Places
 
 
 class Engine:
-    """The sharded states of one model and the passes over them."""
+    """The sharded states of one model and the passes over them. ``places``: where usage stands for each flat."""
 
     def __init__(
-        self, units: Sequence[Unit], control: Comm, config: ZeroConfig, meter: Meter, scale: LossScale
+        self,
+        units: Sequence[Unit],
+        data: Comm,
+        control: Comm,
+        config: ZeroConfig,
+        meter: Meter,
+        scale: LossScale,
+        places: Places,
     ) -> None:
-        self.units, self.control, self.config, self.meter, self.scale = tuple(units), control, config, meter, scale
+        self.units, self.config, self.meter, self.scale = tuple(units), config, meter, scale
+        self.data, self.control = data, control
         self.flats = tuple(flat for unit in units for flat in unit.flats)
         self.trainable = tuple(flat for flat in self.flats if flat.trainable)
-        self.reducer = Reducer(config, meter, self.trainable)
-        self.syncs = True
-        self.finite = True
-        self.num_params = sum(len(flat.params) for flat in self.trainable)
-        num_words = 1 + max(1, usage.num_words(self.num_params))
-        room = len(units) if config.keep_gathered else 2
+        self.reducer = Reducer(config, meter, self.trainable, control.size)
+        self.syncs = self.finite = True
+        self._places = places
         self.conductor = Conductor(
             units,
             control,
-            num_words,
+            1 + max(1, places.num_words),
             config.prefetch,
-            room,
+            len(units) if config.keep_gathered else 2,
             progress=self._progress,
             drive=self.reducer.drive,
             join=self._reduce_with,
         )
         self._order = list(reversed(range(len(self.trainable))))
-        self._order_known = False
         self._completed: list[int] = []
-        self._launched = 0
+        self._launched = self._micro_batches = 0
         self._ready: set[int] = set()
         self._has_sum: set[int] = set()
         self._marked: set[int] = set()
         self._used: dict[int, set[int]] = {}
         self._number = {id(flat): number for number, flat in enumerate(self.trainable)}
         self._unit_of = {id(flat): unit for unit in self.units for flat in unit.flats}
-        self._in_backward = False
+        self._order_known = self._in_backward = False
         self._waits = self._with_gradient = False
         self._nested: set[int] = set()
         self._backward_id = -1
         self._deferred = False
-        self._micro_batches = 0
         self._accumulating: bool | None = None
         self.scale_in_use = scale.value
         self._counted = True
@@ -145,7 +148,12 @@ class Engine:
             self._begin_reduction()
         for unit in self.units:
             unit.expect()
-        expected = [param in (unit.expected or ()) for unit, param in self._params()]
+        expected = [
+            param in (self._unit_of[id(flat)].expected or ())
+            for flat in self.trainable
+            if flat.shared
+            for param in flat.params
+        ]
         profile = zlib.crc32(repr([self.syncs, expected]).encode())
         self._waits = self.conductor.begin(Meeting.BACKWARD, "backward", profile) and self.syncs
 
@@ -216,11 +224,9 @@ class Engine:
             self._has_sum.discard(number)
             self._marked.discard(number)
             self._used.pop(number, None)
-            for index, param in enumerate(flat.params):
+            self._clear_segments(flat)
+            for param in flat.params:
                 param.grad = None
-                segment = flat.segments[index]
-                if segment is not None:
-                    segment.grad = None
         if not self._has_sum:
             self.finite = True
         self._learn_accumulation()
@@ -309,22 +315,17 @@ class Engine:
 
     def _words(self) -> list[int]:
         """How far this rank has launched, and a bit per parameter that has a gradient here."""
-        return [
-            self._launched,
-            *usage.pack([param in unit.arrived or param.grad is not None for unit, param in self._params()]),
-        ]
+        return [self._launched, *self._pack(lambda unit, param: param in unit.arrived or param.grad is not None)]
 
     def unreduced(self) -> list[int]:
         """Words like those of a reduction, for gradients that backward passes under `no_sync` left on this rank."""
         marked = {id(param) for number in self._marked for param in self.trainable[number].params}
-        return [0, *usage.pack([param.grad is not None and id(param) not in marked for _, param in self._params()])]
+        return [0, *self._pack(lambda unit, param: param.grad is not None and id(param) not in marked)]
 
-    def _params(self) -> Iterator[tuple[Unit, nn.Parameter]]:
-        for unit in self.units:
-            for flat in unit.flats:
-                if flat.trainable:
-                    for param in flat.params:
-                        yield unit, param
+    def _pack(self, bit: Callable[[Unit, nn.Parameter], bool]) -> list[int]:
+        return self._places.pack(
+            [[bit(self._unit_of[id(flat)], param) for param in flat.params] for flat in self.trainable]
+        )
 
     def _progress(self) -> int:
         """How many flats this rank has launched in the backward pass under way."""
@@ -337,9 +338,9 @@ class Engine:
             self._unmark()
             self._begin_reduction()
         reducing = [row for row in rows if row[0] == Meeting.REDUCE]
-        end = 2 + usage.num_words(self.num_params)
-        told = [row[2:end] for row in rows if row[0] in (Meeting.REDUCE, Meeting.STEP, Meeting.CLIP)]
-        used = usage.used_by_anyone(told, [len(flat.params) for flat in self.trainable])
+        end = 2 + self._places.num_words
+        told = [row[2:end] if row[0] in (Meeting.REDUCE, Meeting.STEP, Meeting.CLIP) else [] for row in rows]
+        used = self._places.used(told)
         for number in self._order[self._launched : max(row[1] for row in reducing)]:
             self._launch(number)
         for number in self._order[self._launched :]:

@@ -26,6 +26,7 @@ from trivium.dist.comm import Comm, Handle
 from trivium.memory.meter import Meter
 from trivium.memory.pages import Pages
 from trivium.zero.placement import Layout, Row
+from trivium.zero.units import FlatKey
 
 
 class State(Enum):
@@ -56,29 +57,30 @@ class Flat:
     ``whole`` [numel] and ``shard`` [shard_numel] have the parameters' dtype; ``master`` is the fp32 copy that the
     optimizer updates, the very same memory where the parameters are fp32 already. ``segments[i]`` is what the optimizer
     sees of parameter i (None: nothing of it is here): 1-D, or shaped like it where it is whole by rule (0-dim ones
-    are). ``gradient`` appears with the first backward.
+    are). ``gradient`` appears with the first backward. ``shared``: all data-parallel ranks hold these parameters.
+    ``params`` may be empty: then other ranks have such parameters in the unit, and this one none.
     """
 
     def __init__(
         self,
+        key: FlatKey,
         params: Sequence[nn.Parameter],
         names: Sequence[str],
         layout: Layout,
         row: Row,
         comms: Comms,
-        optimizer: int | None,
-        whole_parameters: bool,
+        device: torch.device,
         meter: Meter,
         pages: Pages | None = None,
     ) -> None:
         self.params, self.names = tuple(params), tuple(names)
         self.layout, self.row, self.comms, self.comm = layout, row, comms, comms.inside
-        self.optimizer, self.whole_parameters, self.meter = optimizer, whole_parameters, meter
+        self.optimizer, self.whole_parameters, self.meter = key.optimizer, key.cut == "parameter", meter
         self._pages = pages if row.parameter else None
-        self.dtype, self.device = params[0].dtype, params[0].device
+        self.dtype, self.device, self.shared = key.dtype, device, key.axis == "dp"
         self.shapes = tuple(p.shape for p in params)
         self.spans = tuple(sorted((offset, index) for index, offset in enumerate(layout.offsets)))
-        self.trainable = params[0].requires_grad
+        self.trainable = key.trainable
         self.low_precision = self.dtype in (torch.float16, torch.bfloat16)
         self.gradient: torch.Tensor | None = None
         self.state = State.WHOLE
@@ -108,6 +110,11 @@ class Flat:
             self._settle()
 
     @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.names[0] if self.names else "a flat without parameters here"
+
+    @property
     def own(self) -> slice:
         """This rank's range of the whole flat."""
         return slice(self.comm.rank * self.layout.shard_numel, (self.comm.rank + 1) * self.layout.shard_numel)
@@ -122,7 +129,7 @@ class Flat:
         if not self.row.parameter:
             return
         if self.state is State.GATHERING:
-            raise TriviumError(f"{self.names[0]}: gathered twice at once")
+            raise TriviumError(f"{self.label}: gathered twice at once")
         if self.state is State.SHARDED:
             if self._pages is None:
                 self._storage.resize_(self.whole_bytes)
@@ -135,7 +142,7 @@ class Flat:
     def finish_gather(self) -> None:
         """Wait for the gather under way and let the parameters show it."""
         if self.state is State.SHARDED:
-            raise TriviumError(f"{self.names[0]}: waited for, but no gather was started")
+            raise TriviumError(f"{self.label}: waited for, but no gather was started")
         if self.state is State.GATHERING and self._handle is not None:
             self._handle.wait()
             self._handle = None
@@ -186,7 +193,7 @@ class Flat:
     def own_gradient(self) -> torch.Tensor:
         """This rank's shard of the reduced gradient."""
         if self.gradient is None:
-            raise TriviumError(f"{self.names[0]}: no gradient yet")
+            raise TriviumError(f"{self.label}: no gradient yet")
         return self.gradient if self.row.gradient else self.gradient[self.own]
 
     def own_part(self) -> torch.Tensor:

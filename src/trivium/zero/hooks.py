@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import register_multi_grad_hook
+from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree
 
 from trivium.base.errors import ConfigError
 from trivium.zero.engine import Engine
+from trivium.zero.torch_private import backward_id, will_receive_gradient
 from trivium.zero.unit import Unit
 
 
@@ -56,8 +57,45 @@ def _before(engine: Engine, unit: Unit, is_root: bool, module: nn.Module, args: 
         inputs = _differentiable((args, kwargs))
         if inputs:
             unit.pending_inputs += 1
-            register_multi_grad_hook(inputs, lambda grads: engine.pass_inputs(unit))
+            _AllDone(inputs, partial(engine.pass_inputs, unit))
     return changed
+
+
+class _AllDone:
+    """Runs ``then`` when the gradients of all of ``tensors`` that receive one in a backward pass are there.
+
+    Like `torch.autograd.graph.register_multi_grad_hook`, but holds no node of the graph once backward has come by:
+    a cycle of nodes and hooks would keep every step's graph until the garbage collector runs, in pieces all over the
+    heap, which then grows by a tenth with each step.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], then: Callable[[], None]) -> None:
+        self._then, self._number, self._left = then, len(tensors), 0
+        self._nodes = [get_gradient_edge(tensor).node for tensor in tensors] if len(tensors) > 1 else []
+        for tensor in tensors:
+            tensor.register_hook(self)  # type: ignore[no-untyped-call]
+
+    def __call__(self, gradient: torch.Tensor) -> None:
+        if self._left == 0:
+            self._left = sum(map(will_receive_gradient, self._nodes)) if self._nodes else self._number
+            self._nodes.clear()
+        self._left -= 1
+        if self._left == 0:
+            self._then()
+
+
+class _FirstReached:
+    """Runs ``then`` when the first gradient of any of ``tensors`` is there, once in a backward pass."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], then: Callable[[], None]) -> None:
+        self._then, self._pass = then, -1
+        for tensor in tensors:
+            tensor.register_hook(self)  # type: ignore[no-untyped-call]
+
+    def __call__(self, gradient: torch.Tensor) -> None:
+        if self._pass != backward_id():
+            self._pass = backward_id()
+            self._then()
 
 
 class _Unscaled(torch.autograd.Function):
@@ -84,7 +122,7 @@ def _after(engine: Engine, unit: Unit, is_root: bool, module: nn.Module, args: A
         outputs = _differentiable(output)
         hooked = bool(outputs) or not (unit.trainable or _differentiable((args, kwargs)))
         if outputs:
-            register_multi_grad_hook(outputs, lambda grad: engine.enter_backward(unit), mode="any")
+            _FirstReached(outputs, partial(engine.enter_backward, unit))
             if is_root and engine.scale.value != 1.0 and not engine.recomputing:
                 for tensor in outputs:
                     tensor.register_hook(lambda grad: grad * engine.scale.value)  # type: ignore[no-untyped-call]

@@ -42,7 +42,7 @@ def replace_meta(model: nn.Module, device: torch.device) -> dict[int, nn.Paramet
 
 def fill_flat(model: nn.Module, flat: Flat, init: Init | None, seed: int, replaced: dict[int, nn.Parameter]) -> None:
     """Give ``flat`` its values: those the parameters have, or for replaced meta parameters fresh ones, cut at once."""
-    if id(flat.params[0]) not in replaced:
+    if not flat.params or id(flat.params[0]) not in replaced:
         flat.adopt()
         return
     shard = torch.zeros(flat.layout.shard_numel, dtype=flat.dtype, device=flat.device)

@@ -2,6 +2,10 @@
 
 ZeRO section 7.2.2: parameters are gathered just before their layer runs. Works on meta modules as well: the planner
 uses it.
+
+[Note: experts are gathered whole]
+Ranks hold and use different experts of one layer, and wait for each other inside of it, in the all-to-all. A gather
+that only some of them need there could never end. So experts are gathered with the unit around them.
 """
 
 from __future__ import annotations
@@ -46,14 +50,15 @@ def assign(root: nn.Module, units: Units, owner: Mapping[int, tuple[int, Cut]]) 
     """Cut ``root`` into units, the root's first, then in the order of ``named_modules``.
 
     ``owner`` maps ``id(parameter)`` to (optimizer index, cut). A parameter that several units use belongs to the
-    innermost unit around all of them. Units without parameters are left out, except the root.
+    innermost unit around all of them. Units without parameters are left out, except the root. A module that is
+    reduced over another axis than ``"dp"`` (experts) is never cut into units: see [Note: experts are gathered whole].
     """
-    chosen = _choose(root, units)
+    chosen = _outside_of_experts(root, _choose(root, units))
     specs = {name: UnitSpec(name=name, module=module) for name, module in root.named_modules() if name in chosen}
     for names, parameter in _by_identity(root).values():
         home = _home(names, specs)
         number, cut = owner.get(id(parameter), _NO_OWNER)
-        key = FlatKey(parameter.dtype, parameter.device, parameter.requires_grad, number, cut, _axis(root, names[0]))
+        key = FlatKey(parameter.dtype, parameter.device, parameter.requires_grad, number, cut, axis_of(root, names[0]))
         specs[home].flats.setdefault(key, []).append(names[0])
     return [spec for name, spec in specs.items() if spec.flats or name == ""]
 
@@ -111,6 +116,11 @@ def _automatic(root: nn.Module) -> set[str]:
     return chosen
 
 
+def _outside_of_experts(root: nn.Module, chosen: set[str]) -> set[str]:
+    apart = [f"{name}." for name, module in root.named_modules() if name and (_declared(module) or "dp") != "dp"]
+    return {name for name in chosen if not name.startswith(tuple(apart))}
+
+
 def _by_identity(root: nn.Module) -> dict[int, tuple[list[str], nn.Parameter]]:
     found: dict[int, tuple[list[str], nn.Parameter]] = {}
     for name, parameter in root.named_parameters(remove_duplicate=False):
@@ -131,8 +141,8 @@ def _home(names: Sequence[str], specs: Mapping[str, UnitSpec]) -> str:
     return ".".join(common)
 
 
-def _axis(root: nn.Module, name: str) -> str:
-    """The axis declared by the nearest module around the parameter that declares one."""
+def axis_of(root: nn.Module, name: str) -> str:
+    """The axis over which the parameter ``name`` is reduced: that of the nearest module around it that declares one."""
     path = name.split(".")[:-1]
     axis, module = _declared(root) or "dp", root
     for part in path:

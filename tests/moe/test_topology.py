@@ -1,0 +1,74 @@
+"""Where experts live never changes the maths: ranks under ZeRO against one that runs their micro-batches in turn."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.moe.topology_cases import Cell, Work, alone
+from tests.worlds import Worlds
+
+CASES = "tests.moe.topology_cases"
+LIMITS = {"float64": {"loss": 1e-12, "gradient": 1e-12, "norm": 1e-12, "weights": 1e-12}, "float32": {"loss": 1e-6}}
+WORKS = (
+    Work(),
+    Work(experts=(8, 4), top_k=1, drops="position"),
+    Work(experts=(5, 8), drops="score"),
+)
+
+
+def degrees(size: int) -> list[dict[str, Any]]:
+    """Every way to place two layers' experts on ``size`` ranks: the mesh's degree, or one of each layer's own."""
+    uniform = [{"mesh_ep": ep} for ep in range(1, size + 1) if size % ep == 0]
+    return uniform + ([{"ep": (2, 4)}, {"ep": (4, 1)}] if size == 4 else [])
+
+
+def grid(size: int) -> list[Cell]:
+    return [
+        Cell(work=work, stage=stage, **place)
+        for work, place, stage in itertools.product(WORKS, degrees(size), range(4))
+    ]
+
+
+def report(world: Worlds, size: int, cells: Sequence[Cell], folder: Path) -> None:
+    """Fail with each cell that is off, and how far."""
+    for work in {cell.work for cell in cells}:
+        torch.save(alone(work, size), folder / work.file)
+    found = world(size).run(CASES, "train", list(cells), folder, timeout=300)
+    wrong = [
+        f"rank {rank}, {cell}: {distances}"
+        for rank, results in enumerate(found)
+        for cell, distances in zip(cells, results, strict=True)
+        if not all(distances[name] < limit for name, limit in LIMITS[cell.work.dtype].items())
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_grid_has_a_hundred_cells() -> None:
+    assert sum(len(grid(size)) for size in (1, 2, 3, 4)) >= 100
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_placement_never_changes_the_maths(world: Worlds, size: int, tmp_path: Path) -> None:
+    report(world, size, grid(size), tmp_path)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_nor_in_single_precision(world: Worlds, size: int, tmp_path: Path) -> None:
+    work = Work(dtype="float32")
+    report(world, size, [Cell(work=work, mesh_ep=2, stage=stage) for stage in (0, 3)], tmp_path)
+
+
+def test_nor_with_accumulation_sums_adam_and_hybrid_shards(world: Worlds, tmp_path: Path) -> None:
+    several = Work(accumulation=3, steps=5)
+    cells = [Cell(work=several, mesh_ep=2, stage=stage, no_sync=alone) for stage in range(4) for alone in (False, True)]
+    cells += [Cell(work=replace(several, average=False), mesh_ep=2, stage=stage) for stage in (0, 3)]
+    cells += [Cell(work=Work(optimizer="adamw", steps=10), mesh_ep=2, stage=stage) for stage in (1, 3)]
+    cells += [Cell(work=Work(steps=5), ep=(2, 1), stage=stage, shard_size=2, bucket_bytes=1024) for stage in (2, 3)]
+    report(world, 4, cells, tmp_path)
