@@ -49,13 +49,7 @@ class Runner:
         self.executor = registry.executor(loaded.program, backend=backend)
         blocks = -(-positions // BLOCK)
         self.table = torch.arange(blocks, dtype=torch.int32).flip(0)[None].contiguous()
-        self.caches = [
-            Cache(
-                keys=torch.zeros(blocks, spec.kv_heads, BLOCK, spec.head_dim),
-                values=torch.zeros(blocks, spec.kv_heads, BLOCK, spec.value_dim) if spec.value_dim else None,
-            )
-            for spec in loaded.program.caches
-        ]
+        self.caches = empty_caches(loaded, blocks)
 
     def step(self, tokens: list[int], start: int, rows: list[int], routing: Any = None) -> Output:
         count = len(tokens)
@@ -82,14 +76,69 @@ class Runner:
 
     def greedy(self, prompt: list[int], count: int) -> list[int]:
         """``count`` tokens after ``prompt``, each the most likely one."""
-        out = self.step(prompt, 0, [len(prompt) - 1]).logits
-        found = [int(out[0].argmax())]
-        while len(found) < count:
-            out = self.step(found[-1:], len(prompt) + len(found) - 1, [0]).logits
-            found.append(int(out[0].argmax()))
-        return found
+        return self.greedy_batch([prompt], count)[0]
+
+    def greedy_batch(self, prompts: list[list[int]], count: int) -> list[list[int]]:
+        """The same for several prompts in one batch: prefills side by side, then one token of each per step."""
+        blocks = [-(-(len(prompt) + count) // BLOCK) for prompt in prompts]
+        tables = torch.full((len(prompts), max(blocks)), -1, dtype=torch.int32)
+        first = 0
+        for row, number in enumerate(blocks):
+            tables[row, :number] = torch.arange(first, first + number, dtype=torch.int32)
+            first += number
+        caches = empty_caches(self.loaded, first)
+        texts = [list(prompt) for prompt in prompts]
+        pieces, starts = texts, [0] * len(prompts)
+        for _ in range(count):
+            sizes = torch.tensor([len(piece) for piece in pieces])
+            out = self.executor.run(
+                Batch(
+                    token_ids=torch.tensor([token for piece in pieces for token in piece], dtype=torch.int32),
+                    positions=torch.cat(
+                        [torch.arange(start, start + len(piece)) for start, piece in zip(starts, pieces, strict=True)]
+                    ).int(),
+                    sequences=torch.repeat_interleave(torch.arange(len(pieces)), sizes).int(),
+                    block_tables=tables,
+                    output_rows=(sizes.cumsum(0) - 1).int(),
+                ),
+                caches,
+            )
+            starts = [len(text) for text in texts]
+            pieces = [[int(token)] for token in out.logits.argmax(1)]
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def empty_caches(loaded: weights.LoadedModel, blocks: int) -> list[Cache]:
+    """fp32 caches of ``blocks`` blocks, full of NaN: nothing may be read before it is written."""
+    return [
+        Cache(
+            keys=torch.full((blocks, spec.kv_heads, BLOCK, spec.head_dim), float("nan")),
+            values=torch.full((blocks, spec.kv_heads, BLOCK, spec.value_dim), float("nan")) if spec.value_dim else None,
+        )
+        for spec in loaded.program.caches
+    ]
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """The largest difference in units of the largest magnitude."""
     return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def reference(name: str, config: dict[str, Any], seed: int = 0) -> Any:
+    """A transformers model with telling weights. Eager attention, which knows of caps and sinks; falcon's own adds its
+    biases twice there."""
+    import transformers
+
+    attention = "sdpa" if config.get("alibi") else "eager"
+    made = getattr(transformers, name + "Config")(**config)
+    model = transformers.AutoModelForCausalLM.from_config(made, attn_implementation=attention).eval()
+    randomise(model, seed)
+    return model
+
+
+@torch.no_grad()
+def reference_logits(model: Any, tokens: list[int]) -> torch.Tensor:
+    """[T, V]."""
+    found: torch.Tensor = model(torch.tensor([tokens]), use_cache=False).logits[0]
+    return found

@@ -34,6 +34,10 @@ def join(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def _flat(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0].flatten()
+
+
 class Builder:
     """Collects one program. Registers grow to the widest use; tables of equal positions are shared."""
 
@@ -138,8 +142,8 @@ class Builder:
                 group=x.width if group is None else group,
                 kind=norm.kind,
                 eps=norm.eps,
-                weight=self.vector(name + ".weight") if norm.weight else None,
-                bias=self.vector(name + ".bias") if norm.bias else None,
+                weight=self.vector(name + ".weight", make=_flat) if norm.weight else None,
+                bias=self.vector(name + ".bias", make=_flat) if norm.bias else None,
                 offset=norm.offset,
             )
         )

@@ -78,12 +78,19 @@ def _attention(attention: Attention, dim: int) -> Named:
         yield from _linear("attention.q", query, dim, attention.q_bias)
         yield from _linear("attention.k", keys, dim, attention.kv_bias)
         yield from _linear("attention.v", attention.kv_heads * attention.value_dim, dim, attention.kv_bias)
-        each = attention.qk_norm == "head" and not attention.qk_separate
-        yield from _norm("attention.q_norm", attention.q_norm, attention.head_dim if each else query)
-        yield from _norm("attention.k_norm", attention.k_norm, attention.head_dim if each else keys)
+        yield from _head_norm("attention.q_norm", attention, attention.q_norm, attention.heads)
+        yield from _head_norm("attention.k_norm", attention, attention.k_norm, attention.kv_heads)
     if attention.sinks:
         yield "attention.sinks", (attention.heads,)
     yield from _linear("attention.o", dim, value, attention.out_bias)
+
+
+def _head_norm(name: str, attention: Attention, norm: Norm | None, heads: int) -> Named:
+    for full, _ in _norm(name, norm, 0):
+        if attention.qk_separate:
+            yield full, (heads, attention.head_dim)
+        else:
+            yield full, (attention.head_dim if attention.qk_norm == "head" else heads * attention.head_dim,)
 
 
 def _mlp(name: str, mlp: Mlp, dim: int) -> Named:

@@ -1,0 +1,87 @@
+"""Every family against transformers, with random weights that its save_pretrained wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.inference.reference import Runner, reference, reference_logits, relative_error, save
+from tests.inference.zoo import CASES, FUSED
+from trivium.inference import weights
+from trivium.models.families import KNOWN
+
+PROMPTS = (1, 7, 129, 513)
+NEW = 64
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Runner]:
+    """transformers' model and ours, loaded from what it saved; every other one in several files."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    name = str(request.param)
+    model = reference(*CASES[name])
+    folder = tmp_path_factory.mktemp(name)
+    number = list(CASES).index(name)
+    options = {"max_shard_size": "60KB"} if number % 2 else {}
+    if name in FUSED:
+        options["save_original_format"] = False
+    save(model, folder, **options)
+    assert (folder / "model.safetensors.index.json").exists() == bool(number % 2)
+    return model, Runner(weights.load(folder))
+
+
+def random_tokens(count: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, 97, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def test_every_family_has_a_case() -> None:
+    import transformers
+
+    tested = {getattr(transformers, f"{name}Config").model_type for name, _ in CASES.values()}
+    assert tested == {family.name for family in KNOWN}
+
+
+def test_logits_at_every_position(pair: tuple[Any, Runner]) -> None:
+    model, runner = pair
+    tokens = random_tokens(300)
+    expected = reference_logits(model, tokens)
+    assert float(expected.std()) > 0.05 * float(expected.abs().max())
+    assert relative_error(runner.logits(tokens), expected) < TOLERANCE
+    assert relative_error(runner.logits(tokens, chunk=67), expected) < TOLERANCE
+
+
+def test_greedy_tokens(pair: tuple[Any, Runner]) -> None:
+    """The reference, given our tokens, must choose each of them itself: then its own greedy text is the same."""
+    model, runner = pair
+    prompts = [random_tokens(count, seed=count) for count in PROMPTS]
+    for prompt, found in zip(prompts, runner.greedy_batch(prompts, NEW), strict=True):
+        chosen = reference_logits(model, prompt + found)[len(prompt) - 1 : -1].argmax(1).tolist()
+        assert found == chosen
+        assert len(found) == NEW
+
+
+def test_greedy_as_generate_does(tmp_path: Path) -> None:
+    model = reference(*CASES["llama"])
+    runner = Runner(weights.load(save(model, tmp_path)))
+    prompt = random_tokens(7)
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    assert runner.greedy(prompt, NEW) == out[0, 7:].tolist()
+
+
+def test_a_sequence_beyond_the_trained_length(tmp_path: Path) -> None:
+    """longrope: asked for longer sequences, all positions take the long factors, as transformers' do there."""
+    name, config = CASES["phi3-longrope"]
+    config = {**config, "original_max_position_embeddings": 100}
+    model = reference(name, config)
+    save(model, tmp_path)
+    short, long = weights.load(tmp_path), weights.load(tmp_path, max_positions=300)
+    assert (short.max_positions, long.max_positions) == (100, 300)
+    for loaded, count in ((short, 100), (long, 280)):
+        tokens = random_tokens(count)
+        assert relative_error(Runner(loaded).logits(tokens), reference_logits(model, tokens)) < TOLERANCE
