@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from trivium.base import config as configs
 from trivium.base import log
+from trivium.base.errors import ConfigError
 from trivium.base.units import format_bytes
 from trivium.cli import launching
 from trivium.cli.output import print_json, word_console
@@ -19,7 +20,7 @@ from trivium.cli.output import print_json, word_console
 if TYPE_CHECKING:
     from trivium.models import DecoderConfig
     from trivium.train.config import TrainConfig
-    from trivium.train.loop import Outcome
+    from trivium.train.loop import MakeObjective, Outcome
     from trivium.train.report import Planned
 
 
@@ -45,33 +46,59 @@ def train(
     terminal: Annotated[bool, typer.Option("--terminal", hidden=True)] = False,
 ) -> None:
     """Train until train.steps; Ctrl-C or SIGTERM stops after the step and saves."""
-    settings = _settings(config, tuple(set_ or ()), run, resume)
-    if ranks is not None and launched is None:
-        settings.check_ranks(ranks)
-        overrides = [*(set_ or ()), *_given(run, resume)]
+    overrides = (*(set_ or ()), *given(run, resume))
+    settings = settings_of(config, overrides)
+    if settings.distill is not None:
+        raise ConfigError(f"{config} has a [distill] table: use trivium distill {config}")
+    start("train", config, overrides, settings, Call(ranks, as_json, launched, terminal))
+
+
+class Call(NamedTuple):
+    """How a verb that trains was called."""
+
+    ranks: int | None
+    as_json: bool
+    launched: Path | None
+    terminal: bool
+
+
+def start(
+    verb: str,
+    config: Path,
+    overrides: Sequence[str],
+    settings: TrainConfig,
+    call: Call,
+    objective: MakeObjective | None = None,
+) -> None:
+    """Start the ranks, or be one of them; tell how it ended, and exit with its code unless that is 0."""
+    if call.ranks is not None and call.launched is None:
+        settings.check_ranks(call.ranks)
         arguments = [str(config), *(word for text in overrides for word in ("--set", text))]
-        code, answer = launching.launch("train", arguments, ranks)
+        code, answer = launching.launch(verb, arguments, call.ranks)
     else:
-        code, answer = launching.as_rank(launched, lambda: _run(settings, launched is not None, terminal))
-    if launched is None and answer is not None:
-        _tell(answer, as_json)
+        code, answer = launching.as_rank(
+            call.launched, lambda: _run(settings, call.launched is not None, call.terminal, objective)
+        )
+    if call.launched is None and answer is not None:
+        _tell(answer, call.as_json)
     if code:
         raise typer.Exit(code)
 
 
-def _settings(path: Path, overrides: tuple[str, ...], run: str | None, resume: str | None) -> TrainConfig:
+def settings_of(path: Path, overrides: Sequence[str]) -> TrainConfig:
+    """The configuration with what the command line replaces."""
     from trivium.train.config import TrainConfig
 
-    return configs.load(TrainConfig, path, (*overrides, *_given(run, resume)))
+    return configs.load(TrainConfig, path, overrides)
 
 
-def _given(run: str | None, resume: str | None) -> list[str]:
+def given(run: str | None, resume: str | None) -> list[str]:
     """The two options as overrides: torchrun, which parses the ranks' arguments too, takes --run for one of its own."""
-    given = [] if run is None else [f"run={json.dumps(run)}"]
-    return given if resume is None else [*given, f"checkpoint.resume={json.dumps(resume)}"]
+    told = [] if run is None else [f"run={json.dumps(run)}"]
+    return told if resume is None else [*told, f"checkpoint.resume={json.dumps(resume)}"]
 
 
-def _run(settings: TrainConfig, launched: bool, terminal: bool) -> tuple[int, Any]:
+def _run(settings: TrainConfig, launched: bool, terminal: bool, objective: MakeObjective | None) -> tuple[int, Any]:
     """This process's part of the run: exit code, and on rank 0 how it ended."""
     import torch
 
@@ -84,7 +111,8 @@ def _run(settings: TrainConfig, launched: bool, terminal: bool) -> tuple[int, An
     if launched and not settings.train.threads:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.size))
     mesh = init(device=settings.train.device, timeout_s=settings.train.timeout_s, ep=settings.mesh.largest)
-    outcome = run(settings, mesh, terminal=terminal or None, plan=_beside)
+    plan = _beside if objective is None else None  # a teacher's bytes are in no plan
+    outcome = run(settings, mesh, terminal=terminal or None, plan=plan, objective=objective)
     answer = _answer(settings, outcome, mesh.data_size) if mesh.rank == 0 else None
     return (128 + outcome.signal if outcome.signal else 0), answer
 
@@ -103,10 +131,15 @@ def _answer(settings: TrainConfig, outcome: Outcome, ranks: int) -> dict[str, An
     steps = [row for row in outcome.rows if row["kind"] == "step"]
     speeds = sorted(row["tokens_per_s"] for row in steps)
     counts = outcome.baseline
+    start_row: dict[str, Any] = next((row for row in reversed(outcome.rows) if row["kind"] == "start"), {})
+    ended = [row["step"] for row in outcome.rows if row["kind"] == "objective" and row.get("ended")]
     return {
         "run": str(settings.folder),
         "ranks": ranks,
+        "parameters": start_row.get("parameters"),
+        "activated": start_row.get("activated"),
         "steps": outcome.steps,
+        "distilled": ended[-1] if ended else None,
         "skipped": outcome.skipped,
         "loss": outcome.loss,
         "validation": outcome.validation,
@@ -137,6 +170,8 @@ def _tell(answer: dict[str, Any], as_json: bool) -> None:
         )
         return
     told = f"{answer['steps']} steps"
+    if answer["distilled"] is not None:
+        told += f" (distilled until step {answer['distilled']})"
     if answer["loss"] is not None:
         told += f", training loss {answer['loss']:.4f}"
     if answer["validation"] is not None:

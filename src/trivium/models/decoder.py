@@ -26,6 +26,7 @@ from trivium.nn import (
     Head,
     Reduction,
     RMSNorm,
+    SoftTargets,
     causal,
     restarting_positions,
     rotary,
@@ -39,11 +40,12 @@ class Record:
     """What a forward tells beside its result, filled in when it is passed as ``record``.
 
     ``aux``: of every layer with experts, by its number, of this rank's tokens. ``cross_entropy``: the loss without the
-    auxiliary losses, reduced alike; None without targets.
+    auxiliary losses, reduced alike; None without targets. ``divergence`` from a teacher, where there is one.
     """
 
     aux: dict[int, Aux] = field(default_factory=dict)
     cross_entropy: torch.Tensor | None = None
+    divergence: torch.Tensor | None = None
 
 
 class Decoder(nn.Module):
@@ -93,6 +95,8 @@ class Decoder(nn.Module):
         routings: Mapping[int, Routing] | None = None,
         step: int | None = None,
         record: Record | None = None,
+        soft: SoftTargets | None = None,
+        hidden: bool = False,
     ) -> torch.Tensor:
         """Logits [B, T, V], or with targets their cross-entropy (at least fp32; -100 counts nothing).
 
@@ -106,7 +110,8 @@ class Decoder(nn.Module):
         ``run_block(block, x, rotary, attend, …)`` replaces the plain call of each block, say by a checkpointed one; it
         returns what the block does: a tensor, or of an `MoEBlock`, which gets ``routing`` and ``step`` besides, also
         its `Aux`. ``routings`` fixes the choice of layers by number. ``step`` keys random choices: the number of this
-        micro-batch, another one on every rank. ``record`` is filled in.
+        micro-batch, another one on every rank. ``record`` is filled in. ``soft``: a teacher's distribution is part of
+        the loss (see `SoftTargets`). ``hidden``: [B, T, C], what the head would have got.
 
         Raises:
             ConfigError: shapes that disagree, or more tokens than ``max_positions``.
@@ -128,10 +133,16 @@ class Decoder(nn.Module):
             x_BTC = out if isinstance(out, torch.Tensor) else out[0]
             if isinstance(block, MoEBlock):
                 told.aux[number] = out[1]
-        result: torch.Tensor = self.head(self.norm(x_BTC), targets_BT, reduction)
+        x_BTC = self.norm(x_BTC)
+        if hidden:
+            return x_BTC
+        result: torch.Tensor = self.head(x_BTC, targets_BT, reduction, soft)
         if targets_BT is None:
             return result
-        told.cross_entropy = result
+        if soft is not None:
+            result, told.cross_entropy, told.divergence = result.unbind()
+        else:
+            told.cross_entropy = result
         return self._with_aux(result, told.aux, targets_BT, reduction)
 
     def _with_aux(

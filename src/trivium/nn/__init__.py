@@ -9,6 +9,7 @@ from trivium.nn.linear import Linear
 from trivium.nn.mlp import MLP
 from trivium.nn.norm import RMSNorm
 from trivium.nn.rope import document_starts, restarting_positions, rotary, rotate
+from trivium.nn.soft_loss import SoftTargets
 
 __all__ = [
     "IGNORE_INDEX",
@@ -21,6 +22,7 @@ __all__ = [
     "Linear",
     "RMSNorm",
     "Reduction",
+    "SoftTargets",
     "causal",
     "document_mask",
     "document_starts",

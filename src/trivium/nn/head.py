@@ -16,8 +16,10 @@ import torch.nn.functional as F
 
 from trivium.base.errors import ConfigError
 from trivium.nn.linear import Linear
+from trivium.nn.soft_loss import IGNORE_INDEX as IGNORE_INDEX
+from trivium.nn.soft_loss import SoftLoss, SoftTargets
 
-IGNORE_INDEX = -100
+_SOFT_SHARE = 4  # a chunk of distillation has about so many buffers of logits where the plain loss has one
 Reduction = Literal["mean", "sum", "none"]
 
 
@@ -43,12 +45,17 @@ class Head(Linear):
         self.chunk_tokens = chunk_tokens
 
     def forward(
-        self, input: torch.Tensor, targets: torch.Tensor | None = None, reduction: Reduction = "mean"
+        self,
+        input: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        reduction: Reduction = "mean",
+        soft: SoftTargets | None = None,
     ) -> torch.Tensor:
         """[..., dim] → logits [..., vocabulary]; with integer targets [...] their cross-entropy, at least fp32.
 
         Targets equal to -100 count nothing. ``reduction``: "mean" over the tokens that count (NaN when there are none,
-        as in torch), "sum", or "none" for one value per token, shaped like ``targets``.
+        as in torch), "sum", or "none" for one value per token, shaped like ``targets``. With ``soft``, a teacher's
+        distribution beside the targets: [3], the total that has a gradient, the cross-entropy and the divergence.
         """
         if targets is None:
             return super().forward(input)
@@ -56,17 +63,35 @@ class Head(Linear):
             raise ConfigError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
         if targets.shape != input.shape[:-1]:
             raise ConfigError(f"targets have shape {tuple(targets.shape)}, the tokens {tuple(input.shape[:-1])}")
+        if soft is not None:
+            return self._soft(input.flatten(0, -2), targets.flatten(), reduction, soft)
         losses_N = self._losses(input.flatten(0, -2), targets.flatten())
         if reduction == "none":
             return losses_N.view(targets.shape)
         total = losses_N.sum()
         return total if reduction == "sum" else total / (targets != IGNORE_INDEX).sum()
 
+    def _soft(
+        self, x_NC: torch.Tensor, targets_N: torch.Tensor, reduction: Reduction, soft: SoftTargets
+    ) -> torch.Tensor:
+        if reduction == "none":
+            raise ConfigError("reduction='none' with a teacher: expected 'mean' or 'sum'")
+        x_NC, weight_VC = self._cast(x_NC)
+        chunk = max(1, self.chunk_tokens // _SOFT_SHARE)
+        with torch.autocast(x_NC.device.type, enabled=False):
+            parts = SoftLoss.apply(x_NC, weight_VC, targets_N, soft, chunk)  # type: ignore[no-untyped-call]
+        sums_3 = torch.stack(parts)
+        return sums_3 if reduction == "sum" else sums_3 / (targets_N != IGNORE_INDEX).sum()
+
+    def _cast(self, x_NC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input and weight in autocast's type, where it is on."""
+        if not torch.is_autocast_enabled(x_NC.device.type):
+            return x_NC, self.weight
+        dtype = torch.get_autocast_dtype(x_NC.device.type)
+        return x_NC.to(dtype), self.weight.to(dtype)
+
     def _losses(self, x_NC: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        weight_VC = self.weight
-        if torch.is_autocast_enabled(x_NC.device.type):
-            dtype = torch.get_autocast_dtype(x_NC.device.type)
-            x_NC, weight_VC = x_NC.to(dtype), weight_VC.to(dtype)
+        x_NC, weight_VC = self._cast(x_NC)
         with torch.autocast(x_NC.device.type, enabled=False):
             losses_N: torch.Tensor = _TokenLoss.apply(x_NC, weight_VC, targets_N, self.chunk_tokens)  # type: ignore[no-untyped-call]
         return losses_N
@@ -84,6 +109,7 @@ class _TokenLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         losses, softmax = [], None
         for x_nC, target_n in zip(torch.split(x_NC, chunk), torch.split(targets_N, chunk), strict=True):
+            softmax = None  # the last chunk's goes before the next one's comes
             loss_n, softmax = _loss_and_softmax(x_nC, weight_VC, target_n)
             losses.append(loss_n)
         ctx.chunk = chunk
@@ -108,6 +134,7 @@ class _TokenLoss(torch.autograd.Function):
                 torch.mm(slope_nV, weight_VC, out=grad_x[part])
             if wants_weight:
                 grad_weight = _add_product(grad_weight, slope_nV.t(), x_nC, grad_N.dtype)
+            del numerator_nV, slope_nV  # before the next chunk's come
         return grad_x, None if grad_weight is None else grad_weight.to(weight_VC.dtype), None, None
 
 

@@ -74,13 +74,13 @@ class Activations:
 
 
 def activations(config: DecoderConfig, batch: Batch, dtype: torch.dtype) -> Activations:
-    """One micro-batch's activations at their worst; softmax of at most two chunks of tokens exists at a time."""
+    """One micro-batch's activations at their worst; the softmax of one chunk of tokens exists at a time."""
     element, wide = dtype.itemsize, max(dtype.itemsize, _FP32)
     narrow = element if element < wide else 0
     saved = saved_block_bytes(config, batch, dtype)
     stream = batch.tokens * config.dim * element
     kept = config.layers * (stream if batch.recompute else saved) + saved_rest_bytes(config, batch, dtype)
-    alive = min(batch.tokens, 2 * HEAD_CHUNK_TOKENS)  # a chunk's buffer goes when the next one's is there
+    alive = min(batch.tokens, HEAD_CHUNK_TOKENS)
     logits = alive * config.vocabulary * (wide + narrow)
     widened = config.vocabulary * config.dim * wide if narrow else 0
     passing = 2 * batch.tokens * config.ffn_dim * element + stream - _last_norm_bytes(config, batch, dtype)

@@ -203,6 +203,50 @@ class LoopConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """The ``[distill]`` table of `trivium distill`.
+
+    ``teacher``: a run's folder or one of its checkpoints. ``alpha``, ``temperature``: of the divergence.
+    ``stop``: when distillation ends and the run goes on without: after a step (a whole number), a fraction of the steps
+    (below 1), ``never``, or ``auto``: when it holds the student back, which is looked for every ``check_every`` steps
+    on ``check_batches`` micro-batches per rank of held-out text: the cosine of the two losses' gradients is at most
+    ``conflict``, ``patience`` times in succession. ``init``: the student begins as ``layers`` of the teacher (None:
+    spread evenly), or ``fresh``.
+    """
+
+    teacher: str
+    alpha: float = 1.0
+    temperature: float = 1.0
+    stop: Literal["auto", "never"] | int | float = "auto"
+    check_every: int = 50
+    check_batches: int = 4
+    conflict: float = 0.0
+    patience: int = 2
+    init: Literal["layers", "fresh"] = "layers"
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.teacher:
+            raise ConfigError("distill.teacher is empty: expected a run's folder or one of its checkpoints")
+        if not self.alpha >= 0 or not self.temperature > 0:
+            raise ConfigError(
+                f"distill.alpha={self.alpha}, distill.temperature={self.temperature}: expected 0 or more, and above 0"
+            )
+        if isinstance(self.stop, str):
+            if self.stop not in ("auto", "never"):
+                raise ConfigError(f"distill.stop={self.stop!r}: expected auto, never, a step or a fraction below 1")
+        elif self.stop < 0 or (isinstance(self.stop, float) and self.stop >= 1):
+            raise ConfigError(f"distill.stop={self.stop}: expected a whole number of steps, or a fraction from 0 to 1")
+        for name in ("check_every", "check_batches", "patience"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"distill.{name}={getattr(self, name)}: expected 1 or more")
+        if not -1 < self.conflict < 1:
+            raise ConfigError(f"distill.conflict={self.conflict}: expected a cosine between -1 and 1")
+        if self.layers is not None and self.init == "fresh":
+            raise ConfigError("distill.layers is given, but distill.init='fresh' uses no layer: leave one out")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SaveConfig:
     """The ``[checkpoint]`` table. Checkpoints lie in the run's folder as ``step-00000100``.
 
@@ -261,13 +305,15 @@ class ReportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A whole run. ``run`` is its folder; ``tasks`` present: train on generated tasks in place of ``[data]``'s text."""
+    """A whole run. ``run`` is its folder; ``tasks`` present: train on generated tasks in place of ``[data]``'s text;
+    ``distill`` present: learn from a teacher as well (`trivium distill`)."""
 
     run: str = "runs/train"
     model: ModelConfig = field(default_factory=lambda: ModelConfig(preset="34m"))
     mesh: MeshConfig = field(default_factory=MeshConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tasks: TaskConfig | None = None
+    distill: DistillConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)

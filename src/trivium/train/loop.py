@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from trivium.train.data import Baseline, baseline
 from trivium.train.digest import weights_sha256
 from trivium.train.metrics import AllocatorPeak, Recorder, Writer, measured_peak_flops, process_memory
 from trivium.train.nonfinite import Policy
+from trivium.train.objective import Objective
 from trivium.train.progress import Display
 from trivium.train.report import Planned
 from trivium.train.report import write as write_report
@@ -41,6 +42,7 @@ from trivium.train.step import Stepper, StepResult
 from trivium.train.stop import Stop, signals
 from trivium.train.writers import open_writers
 
+MakeObjective = Callable[[TrainConfig, Parts, Mesh, dict[str, Any] | None], Objective]
 PlanBeside = Callable[[TrainConfig, DecoderConfig, int, Mapping[str, int]], Sequence[Planned]]
 
 
@@ -77,10 +79,12 @@ def train(
     terminal: bool | None = None,
     plan: PlanBeside | None = None,
     writers: Sequence[Writer] = (),
+    objective: MakeObjective | None = None,
 ) -> Outcome:
     """Run ``config`` on ``mesh``. Collective. ``terminal``: whether progress is live (None: if stderr is one).
     ``plan`` puts a forecast beside what was measured; it stands a floor above and is therefore given.
-    ``writers`` see every row of metrics as it is written, on rank 0.
+    ``writers`` see every row of metrics as it is written, on rank 0. ``objective`` makes the loss, given the resumed
+    run's saved state of it (None in a new run); None: the language model's.
 
     Raises ConfigError, DataError, CheckpointError, NonFiniteError; SIGTERM and Ctrl-C end it after the step, saved.
     """
@@ -93,7 +97,7 @@ def train(
         text = read_text(config, mesh)
         check_corpus(text, config)
         lead(mesh, "saving the tokenizer", lambda: text.tokenizer.save(config.folder))
-        run = _Run(config, mesh, text, (*extras, *writers), plan)
+        run = _Run(config, mesh, text, (*extras, *writers), plan, objective)
         stack.callback(run.recorder.close)
         with signals() as stop:
             return run.go(stop, terminal)
@@ -108,7 +112,13 @@ class _Run:
     """The parts of one run and its rows of metrics."""
 
     def __init__(
-        self, config: TrainConfig, mesh: Mesh, text: Text, writers: Sequence[Writer], plan: PlanBeside | None
+        self,
+        config: TrainConfig,
+        mesh: Mesh,
+        text: Text,
+        writers: Sequence[Writer],
+        plan: PlanBeside | None,
+        objective: MakeObjective | None,
     ) -> None:
         self._plan = plan
         self.config, self.mesh, self.text = config, mesh, text
@@ -116,7 +126,8 @@ class _Run:
         self.parts: Parts = assemble(config, mesh, text)
         self.progress = saving.resume(config, self.parts, mesh)
         self.control = mesh.channel(mesh.comm("dp"), "control")
-        self.stepper = Stepper(config, self.parts, self.control, mesh.device)
+        made = None if objective is None else objective(config, self.parts, mesh, self.progress.objective)
+        self.stepper = Stepper(config, self.parts, self.control, mesh.device, made)
         self.policy = Policy(config, self.stepper)
         folder = config.folder if self.leads else None
         self.recorder = Recorder(folder, tuple(writers), resumed=self.progress.step)
@@ -206,6 +217,9 @@ class _Run:
         self.loss = result.loss if counted else self.loss
         self._row(result, sent, seconds, self.mesh.link.waited_s - waited)
         done = self.progress.step
+        told = self.stepper.objective.after_step(done)
+        if told is not None:
+            self.recorder.write("objective", step=done, **told)
         display.step(done, result.loss, result.tokens / seconds)
         asks = self.config.report.score_every
         if asks and done % asks == 0 and done < settings.steps and not result.stop:
@@ -288,7 +302,8 @@ class _Run:
 
     def _save(self) -> None:
         begun = time.perf_counter()
-        written = saving.save(self.config, self.parts, self.mesh, self.progress)
+        progress = replace(self.progress, objective=self.stepper.objective.state())
+        written = saving.save(self.config, self.parts, self.mesh, progress)
         if written is not None:
             self.checkpoint, self.saved_step = written, self.progress.step
             self.recorder.write("save", step=self.progress.step, path=str(written), seconds=time.perf_counter() - begun)

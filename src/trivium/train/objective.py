@@ -40,6 +40,12 @@ class Objective(Protocol):
     def __call__(self, batch: Batch) -> Measured:
         """The loss of ``batch``."""
 
+    def after_step(self, done: int) -> dict[str, Any] | None:
+        """Called after each step, ``done`` in all; what it returns becomes a row of metrics."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, JSON-like."""
+
 
 class LanguageModel:
     """Cross-entropy of the next token, and in training the auxiliary losses of layers with experts."""
@@ -60,6 +66,14 @@ class LanguageModel:
         cross_entropy = total if record.cross_entropy is None else record.cross_entropy
         extras = (total.detach() - cross_entropy.detach(),) if self.names() else ()
         return Measured(total=total, cross_entropy=cross_entropy.detach(), extras=extras, aux=record.aux)
+
+    def after_step(self, done: int) -> dict[str, Any] | None:
+        """Nothing to do."""
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """Nothing to keep."""
+        return {}
 
 
 def settings(batch: Batch, recompute: bool) -> dict[str, Any]:

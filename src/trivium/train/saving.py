@@ -28,11 +28,12 @@ _FREE = ("model.from", "model.preset", "data.cache", "data.paths", "data.format"
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands: steps done, steps skipped, tokens read."""
+    """Where a run stands: steps done, steps skipped, tokens read; the objective's own state, None in a new run."""
 
     step: int = 0
     skipped: int = 0
     tokens: int = 0
+    objective: dict[str, Any] | None = None
 
 
 def name_of(step: int) -> str:
@@ -46,6 +47,7 @@ def save(config: TrainConfig, parts: Parts, mesh: Mesh, progress: Progress) -> P
         "step": progress.step,
         "skipped": progress.skipped,
         "tokens": progress.tokens,
+        "objective": progress.objective,
         "loader": parts.loader.state_dict(),
         "loss_scale": engine_of(parts.model).scale.state_dict(),
         "model": configs.to_dict(parts.decoder),
@@ -86,7 +88,12 @@ def resume(config: TrainConfig, parts: Parts, mesh: Mesh) -> Progress:
     extra = loaded.extra
     try:
         loader, scale = extra["loader"], extra["loss_scale"]
-        progress = Progress(step=int(extra["step"]), skipped=int(extra["skipped"]), tokens=int(extra["tokens"]))
+        progress = Progress(
+            step=int(extra["step"]),
+            skipped=int(extra["skipped"]),
+            tokens=int(extra["tokens"]),
+            objective=extra.get("objective") or {},
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{loaded.folder} holds no state of a training run ({error!r}): only checkpoints that trivium train wrote "
