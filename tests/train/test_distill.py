@@ -179,6 +179,15 @@ def test_the_cosine_tells_a_help_from_a_hindrance(world: Worlds, school: Path) -
     assert forward[0] > 0.3 and backward < 0
 
 
+def test_a_teacher_and_a_student_with_their_experts_apart(world: Worlds, school: Path) -> None:
+    values = student(school, "near", 3, distill={"stop": 2}, zero__stage=3)
+    near = world(1).run(distill_cases.study, values)[0]
+    apart = world(2).run(distill_cases.study, {**values, "run": str(school / "apart"), "mesh": {"ep": 2}})[0]
+    for key in ("loss", "divergence"):
+        told = [[row[key] for row in one["rows"] if row["kind"] == "step" and key in row] for one in (near, apart)]
+        assert told[1] == pytest.approx(told[0], rel=1e-5) and told[0]
+
+
 def test_all_of_the_teachers_layers_make_the_teacher(world: Worlds, school: Path) -> None:
     values = student(school, "equal", 4, layers=4, zero__stage=3)
     assert world(2).run(distill_cases.same_as_teacher, values) == [True, True]

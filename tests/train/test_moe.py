@@ -117,3 +117,27 @@ def test_degrees_without_experts_are_refused(folder: Path) -> None:
         cases.config_of(cases.table(folder, mesh__ep=2)).check_ranks(2)
     with pytest.raises(ConfigError, match=r"mesh\.ep=0: expected 1 or more"):
         cases.config_of(cases.table(folder, mesh__ep=0))
+
+
+def test_experts_on_two_ranks_are_the_maths_of_one(world: Worlds, folder: Path) -> None:
+    values = table(folder, {"gate": {"jitter": 0.1, "bias_rate": 0.01}}, train__steps=4, model__layers=4)
+    whole = world(1).run(cases.run, values)[0]
+    expected = [row for row in whole["rows"] if row["kind"] == "step"]
+    for stage in (0, 3):
+        apart = {**values, "run": str(folder / f"apart{stage}"), "mesh": {"ep": 2}, "zero": {"stage": stage}}
+        result = world(2).run(cases.run, apart)[0]
+        found = [row for row in result["rows"] if row["kind"] == "step"]
+        for key, tolerance in (("loss", 1e-6), ("gradient_norm", 1e-4), ("aux_loss", 1e-4)):
+            assert [row[key] for row in found] == pytest.approx([row[key] for row in expected], rel=tolerance), key
+        assert [row["tokens"] for row in found] == [row["tokens"] for row in expected]
+        assert found[0]["sent_by_phase"]["dispatch"] > 0 and "router" in found[-1]
+
+
+def test_a_run_goes_on_with_its_experts_elsewhere(world: Worlds, folder: Path) -> None:
+    values = table(folder, train__steps=5, run=str(folder / "whole"), checkpoint__every=0, train__validate_every=0)
+    whole = world(1).run(cases.run, values)[0]
+    parts = table(folder, train__steps=5, train__validate_every=0, checkpoint__every=3, zero__stage=3, mesh__ep=2)
+    assert [one[:2] for one in world(2).run(cases.interrupted, parts, 15)] == [(15, 3)] * 2
+    resumed = world(1).run(cases.run, {**parts, "mesh": {"ep": 1}, "zero": {"stage": 1}})[0]
+    losses = [[row["loss"] for row in one["rows"] if row["kind"] == "step"] for one in (whole, resumed)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
