@@ -1,4 +1,4 @@
-"""A stub of the server for the page's tests: the same endpoints and headers, scripted answers, and a switch to kill it."""
+"""A stub of the server for the page's tests: its endpoints and headers, scripted answers, and a switch to kill it."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ import { copyButton, el } from "./dom.js";
 import { inline } from "./inline.js";
 
 const LONG_LEAF = 4096; // beyond this an open paragraph's end is plain text until it closes
+const SHOWN = new WeakMap(); // what a paragraph's element shows: it outlives its block when a half line is taken back
 const CONTAINERS = new Set(["quote", "list", "item"]);
 const CHUNK_LINES = 60; // lines of code per box, so that a new line lays out one box only
 
@@ -14,8 +15,8 @@ const BUILD = {
     const box = el("input", { type: "checkbox", disabled: true, checked: node.task, "aria-label": node.task ? "done" : "to do" });
     return node.task === null ? el("li") : el("li", { class: "task" }, box);
   },
-  paragraph: () => el("p", { dir: "auto" }),
-  heading: (node) => el(`h${Math.min(6, node.level + 2)}`, { dir: "auto", class: `title-${node.level}` }),
+  paragraph: () => el("p"),
+  heading: (node) => el(`h${Math.min(6, node.level + 2)}`, { class: `title-${node.level}` }),
   rule: () => el("hr"),
   code: buildCode,
   table: buildTable,
@@ -42,17 +43,25 @@ function row(node, line, tag) {
   const texts = cells(line);
   return node.align.map((align, i) => {
     const scope = tag === "th" ? "col" : null;
-    return el(tag, { class: `to-${align}`, dir: "auto", scope }, inline(texts[i] ?? ""));
+    return el(tag, { class: `to-${align}`, scope }, inline(texts[i] ?? ""));
   });
 }
 
+// Beyond LONG_LEAF only the plain end grows while the paragraph is open; its start keeps its nodes.
 function fillParagraph(node, closed) {
   const text = node.lines.join("\n");
-  if (node.shown === text && node.shownClosed === closed) return;
-  node.shown = text;
-  node.shownClosed = closed;
   const whole = closed || text.length <= LONG_LEAF;
-  node.dom.replaceChildren(...inline(whole ? text : text.slice(0, LONG_LEAF)), whole ? "" : text.slice(LONG_LEAF));
+  const shown = `${whole}${text}`;
+  if (SHOWN.get(node.dom)?.text === shown) return;
+  const start = whole ? null : text.slice(0, LONG_LEAF);
+  if (start !== null && SHOWN.get(node.dom)?.start === start) node.dom.lastChild.data = text.slice(LONG_LEAF);
+  else node.dom.replaceChildren(...inline(whole ? text : start), document.createTextNode(whole ? "" : text.slice(LONG_LEAF)));
+  SHOWN.set(node.dom, { text: shown, start });
+}
+
+function box(lines) {
+  // A box does not show the end of its last line, so an empty last line needs one more.
+  return el("span", { class: "lines" }, lines.join("\n") + (lines.at(-1) === "" ? "\n" : ""));
 }
 
 // Boxes that are full stay; the last one is written again. Lines that were taken back are in the last box only.
@@ -60,14 +69,11 @@ function fillCode(node, closed) {
   const code = node.dom.lastChild.firstChild;
   node.full ??= 0; // lines in full boxes
   code.lastChild?.remove();
-  const stable = closed ? node.lines.length : node.steady ?? 0;
-  while (stable - node.full > CHUNK_LINES) {
-    let end = node.full + CHUNK_LINES;
-    while (end < stable && node.lines[end - 1] === "") end++; // a box does not show an empty last line
-    code.append(el("span", { class: "lines" }, node.lines.slice(node.full, end).join("\n")));
-    node.full = end;
+  const stable = closed ? node.lines.length : (node.steady ?? 0);
+  for (; stable - node.full > CHUNK_LINES; node.full += CHUNK_LINES) {
+    code.append(box(node.lines.slice(node.full, node.full + CHUNK_LINES)));
   }
-  code.append(el("span", { class: "lines" }, node.lines.slice(node.full).join("\n")));
+  code.append(box(node.lines.slice(node.full)));
 }
 
 function fillTable(node) {
@@ -132,8 +138,9 @@ export class MarkdownView {
     node.settled = Math.min(node.settled ?? 0, node.children.length);
     for (let i = node.settled; i < node.children.length; i++) {
       const child = node.children[i];
-      child.dom ??= BUILD[child.type](child);
       const place = dom.childNodes[node.skip + i] ?? null;
+      // At this place stands what shows this block, or what showed one that was taken back: a paragraph is used again.
+      child.dom ??= child.type === "paragraph" && place?.nodeName === "P" ? place : BUILD[child.type](child);
       if (place !== child.dom) dom.insertBefore(child.dom, place);
       if (steady) child.steady = child.lines.length;
       fill(child, steady && !child.open);

@@ -31,7 +31,7 @@ export class MessageView {
     this.message = message;
     this.actions = actions;
     this.isUser = message.role === "user";
-    this.body = el("div", { class: this.isUser ? "text plain" : "text prose", dir: "auto" });
+    this.body = el("div", { class: this.isUser ? "text plain" : "text prose" });
     this.foot = el("div", { class: "foot" });
     this.note = el("div", { class: "note", hidden: true });
     const speaker = el("h2", { class: "visually-hidden" }, this.isUser ? "You" : "Assistant");
