@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from trivium.base.errors import MismatchError, NonFiniteError
 from trivium.dist.exchange import Coordinated, Exchange, Home, Send
 from trivium.moe.experts import Experts
+from trivium.moe.fused import run_fused
 from trivium.moe.routing import Routing
 
 _NON_FINITE, _OTHER = 1, 2  # what a rank that has failed says in place of 0
@@ -65,6 +67,10 @@ def owners(num_experts: int, num_ranks: int) -> list[range]:
 def run_local(x_TC: torch.Tensor, routing: Routing, num_experts: int, experts: Experts) -> torch.Tensor:
     """[T, C] → [T, C] where this rank holds all experts. Sends nothing."""
     plan = table(routing, num_experts)
+    plain = experts.plain(x_TC, plan.counts)
+    if plain is not None and routing.weights_TK.dtype == x_TC.dtype:
+        weights_R = routing.weights_TK.reshape(-1).index_select(0, plan.slots_R)
+        return run_fused(x_TC, weights_R, plan.tokens_R, [n for n in plan.counts if n], *plain)
     rows_RC: torch.Tensor = Scatter.apply(x_TC, plan)  # type: ignore[no-untyped-call]
     out: torch.Tensor = Combine.apply(experts(rows_RC, plan.counts), routing.weights_TK, plan)  # type: ignore[no-untyped-call]
     return out
@@ -90,14 +96,24 @@ def run_across(
     flat = torch.tensor(counts_Se, dtype=torch.int64).view(-1)
     labels = torch.arange(len(mine)).repeat(exchange.sources).repeat_interleave(flat)
     order_R = torch.argsort(labels, stable=True).to(x_TC.device)
-    inverse_R = torch.empty_like(order_R)
-    inverse_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-    sorted_RC: torch.Tensor = Permute.apply(rows_RC, order_R, inverse_R)  # type: ignore[no-untyped-call]
-    out_RC = experts(sorted_RC, [sum(column) for column in zip(*counts_Se, strict=True)])
-    back_RC: torch.Tensor = Permute.apply(out_RC, inverse_R, order_R)  # type: ignore[no-untyped-call]
+    back_RC = _run_received(rows_RC, order_R, [sum(column) for column in zip(*counts_Se, strict=True)], experts)
     home_RC: torch.Tensor = Home.apply(back_RC, anchor, exchange, counts_SO, "combine")  # type: ignore[no-untyped-call]
     out: torch.Tensor = Combine.apply(home_RC, routing.weights_TK, plan)  # type: ignore[no-untyped-call]
     return out
+
+
+def _run_received(
+    rows_RC: torch.Tensor, order_R: torch.Tensor, counts: Sequence[int], experts: Experts
+) -> torch.Tensor:
+    """Rows in the order they came in → their outputs in that order; ``order_R`` sorts them by expert."""
+    plain = experts.plain(rows_RC, counts)
+    if plain is not None:
+        return run_fused(rows_RC, None, order_R, [n for n in counts if n], *plain)
+    inverse_R = torch.empty_like(order_R)
+    inverse_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+    sorted_RC: torch.Tensor = Permute.apply(rows_RC, order_R, inverse_R)  # type: ignore[no-untyped-call]
+    back_RC: torch.Tensor = Permute.apply(experts(sorted_RC, counts), inverse_R, order_R)  # type: ignore[no-untyped-call]
+    return back_RC
 
 
 def refuse(exchange: Exchange, num_experts: int, error: Exception) -> None:
@@ -142,6 +158,9 @@ def _trains(x_TC: torch.Tensor, routing: Routing, experts: nn.Module) -> bool:
 def _sum_choices(rows_RC: torch.Tensor, plan: Table, weights_TK: torch.Tensor | None) -> torch.Tensor:
     """[T, C]: each token's rows, times their weights, added in the order of its choices."""
     num_tokens, top_k = plan.rows_TK.shape
+    same = weights_TK is None or weights_TK.dtype == rows_RC.dtype
+    if same and rows_RC.shape[0] and rows_RC.dtype in (torch.float32, torch.float64):
+        return _sum_bags(rows_RC, plan, weights_TK)
     dtype = rows_RC.dtype if weights_TK is None else torch.promote_types(rows_RC.dtype, weights_TK.dtype)
     out_TC = rows_RC.new_zeros((num_tokens, rows_RC.shape[1]), dtype=dtype)
     whole = rows_RC.shape[0] == num_tokens * top_k
@@ -157,6 +176,18 @@ def _sum_choices(rows_RC: torch.Tensor, plan: Table, weights_TK: torch.Tensor | 
         else:  # every token at most once: no two rows meet
             out_TC.index_add_(0, tokens_T, part_TC.to(dtype))
     return out_TC.to(rows_RC.dtype)
+
+
+def _sum_bags(rows_RC: torch.Tensor, plan: Table, weights_TK: torch.Tensor | None) -> torch.Tensor:
+    """`_sum_choices` in one pass without a temporary; a token's choices are a bag."""
+    num_tokens, top_k = plan.rows_TK.shape
+    if rows_RC.shape[0] == num_tokens * top_k:
+        return F.embedding_bag(plan.rows_TK, rows_RC, mode="sum", per_sample_weights=weights_TK)
+    kept_TK = plan.rows_TK >= 0
+    sizes_T = kept_TK.sum(1)
+    weights = None if weights_TK is None else weights_TK[kept_TK]
+    offsets_T = sizes_T.cumsum(0) - sizes_T
+    return F.embedding_bag(plan.rows_TK[kept_TK], rows_RC, offsets_T, mode="sum", per_sample_weights=weights)
 
 
 class Scatter(torch.autograd.Function):

@@ -15,6 +15,7 @@ from torch import nn
 from trivium.base.errors import ConfigError
 from trivium.dist.shard import Placement
 from trivium.moe.draw import key
+from trivium.moe.fused import GELU, Form, SwiGLU
 from trivium.nn import MLP, Linear
 
 Kind = Literal["swiglu", "gelu"]
@@ -77,6 +78,51 @@ class Experts(nn.Module):
                 )
             outs.append(out_RC.to(rows_RC.dtype))
         return torch.cat(outs)
+
+    def plain(self, x: torch.Tensor, counts: Sequence[int]) -> tuple[type[Form], list[torch.Tensor]] | None:
+        """What `moe.fused` runs in one pass: the form of the experts and the parameters of those that have a row.
+
+        None where it cannot: no row; experts of a user's, of several widths, or with hooks, which must see each call;
+        autocast; a type other than the input's, or a 16-bit one, whose sums want more precision.
+        """
+        if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
+            return None
+        forms: set[type[Form]] = set()
+        shapes: set[tuple[object, ...]] = set()
+        params: list[torch.Tensor] = []
+        for number, count in zip(self.numbers, counts, strict=True):
+            if count:
+                module = self._modules[str(number)]
+                form = _form_of(module)
+                if form is None or module is None:
+                    return None
+                mine = list(module.parameters())
+                forms.add(form)
+                shapes.add((len(mine), *((p.shape, p.dtype, p.device) for p in mine)))
+                params += mine
+        if len(forms) != 1 or len(shapes) != 1 or any(p.dtype != x.dtype for p in params):
+            return None
+        return forms.pop(), params
+
+
+def _form_of(module: nn.Module | None) -> type[Form] | None:
+    """The form of one of our own experts that nobody has hooked or altered; None of any other module."""
+    form = {MLP: SwiGLU, GELUExpert: GELU}.get(type(module))
+    if form is None or module is None:
+        return None
+    children = list(module._modules.values())
+    if any(type(child) is not Linear for child in children):
+        return None
+    for each in (module, *children):
+        if each is not None and (
+            each._forward_hooks
+            or each._forward_pre_hooks
+            or each._backward_hooks
+            or each._backward_pre_hooks
+            or "forward" in each.__dict__
+        ):
+            return None
+    return form
 
 
 def build(make: Factory, number: int, seed: int, device: torch.device) -> nn.Module:
