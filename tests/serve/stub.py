@@ -9,9 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers
 
 from trivium.inference import ContextLengthError, Delta, Request, TokenLogprobs
 from trivium.inference.request import Collected, check_tokens
@@ -32,13 +30,6 @@ class ByteTokenizer:
     """A token per byte, and five control tokens."""
 
     def __init__(self) -> None:
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        letters = sorted(alphabet, key=lambda letter: _byte_of(letter))
-        self.backend = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-        self.backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        self.backend.decoder = decoders.ByteLevel()
-        self.backend.add_special_tokens(list(CONTROL))
-        self.backend.encode_special_tokens = True
         self.slow_s = 0.0
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
@@ -57,13 +48,6 @@ class ByteTokenizer:
         for message in messages:
             tokens += [ids[message["role"]], *message["content"].encode(), END]
         return [*tokens, ASSISTANT] if prompt else tokens
-
-
-def _byte_of(letter: str) -> int:
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    if ord(letter) in plain:
-        return ord(letter)
-    return [byte for byte in range(256) if byte not in plain][ord(letter) - 256]
 
 
 class _Choice:
@@ -252,7 +236,14 @@ def _logprobs(token: int, wanted: int) -> TokenLogprobs:
 
 def served(engine: StubEngine, *, name: str = "stub", grammar_s: float = 0.2) -> Served:
     """The stub as the server takes it."""
-    grammars = Grammars(engine.tokenizer.backend.to_str(), end_ids=[END], vocabulary=261, limit_s=grammar_s)
+    control = {text: 256 + index for index, text in enumerate(CONTROL)}
+    grammars = Grammars(
+        [bytes([byte]) for byte in range(256)] + [b""] * 5,
+        control=control,
+        end_ids=[END],
+        width=261,
+        limit_s=grammar_s,
+    )
     return Served(
         name=name,
         engine=engine,
@@ -262,7 +253,7 @@ def served(engine: StubEngine, *, name: str = "stub", grammar_s: float = 0.2) ->
         slots=engine.slots,
         longest_token=12,
         template=TEMPLATE,
-        special={text: 256 + index for index, text in enumerate(CONTROL)},
+        special=control,
         token_bytes=lambda token: bytes([token]) if token < 256 else CONTROL[token - 256].encode(),
         grammars=grammars,
     )

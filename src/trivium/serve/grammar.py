@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import llguidance
 import numpy
 import torch
 
+from trivium.base.errors import ConfigError
 from trivium.serve.errors import ApiError, invalid
 
 Kind = Literal["json_schema", "regex", "lark"]
@@ -69,13 +70,45 @@ class GrammarConstraint:
         return GrammarConstraint(self._matcher.deep_copy(), self._vocabulary, self.failures)
 
 
+class _Tokens:
+    """A vocabulary as llguidance asks for it; grammars match bytes, so text need not be read as the model would."""
+
+    def __init__(self, vocabulary: Sequence[bytes], control: Mapping[str, int], end_ids: Sequence[int]) -> None:
+        names = {number: text.encode() for text, number in control.items()}
+        self.eos_token_id = end_ids[0]
+        self.bos_token_id: int | None = None
+        self.special_token_ids = sorted(names)
+        self.tokens = [names.get(number, piece) for number, piece in enumerate(vocabulary)]
+        self._single = {piece: number for number, piece in enumerate(self.tokens) if len(piece) == 1}
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        raw = text.encode() if isinstance(text, str) else text
+        return [self._single[bytes([byte])] for byte in raw if bytes([byte]) in self._single]
+
+
 class Grammars:
     """Compiles grammars for one tokenizer. Building it reads the whole vocabulary: do so once, off the event loop."""
 
-    def __init__(self, tokenizer_json: str, *, end_ids: Sequence[int], vocabulary: int, limit_s: float) -> None:
-        """``tokenizer_json`` is a Hugging Face tokenizer's text; compiling takes at most ``limit_s``."""
-        self._tokenizer = llguidance.LLTokenizer(tokenizer_json, eos_token=list(end_ids))
-        self._vocabulary = vocabulary
+    def __init__(
+        self,
+        vocabulary: Sequence[bytes],
+        *,
+        control: Mapping[str, int],
+        end_ids: Sequence[int],
+        width: int,
+        limit_s: float,
+    ) -> None:
+        """``vocabulary``: every token's bytes, by id; ``control``: the texts of control tokens and their ids.
+
+        ``width`` is that of the logits; compiling takes at most ``limit_s``. Raises ConfigError where the vocabulary
+        cannot be used.
+        """
+        tokens = _Tokens(vocabulary, control, end_ids)
+        try:
+            self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(tokens), eos_token=list(end_ids))
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise ConfigError(f"no grammars over this tokenizer: {error}") from error
+        self._width = width
         self._limit_s = limit_s
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="grammar")
         self._busy = 0
@@ -118,7 +151,7 @@ class Grammars:
             raise invalid(
                 grammar.param, f"{grammar.param} is too complex: {matcher.get_error()[:200]}", "invalid_grammar"
             )
-        return GrammarConstraint(matcher, self._vocabulary)
+        return GrammarConstraint(matcher, self._width)
 
 
 def json_options() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from trivium.serve import fields as f
@@ -348,6 +349,18 @@ def _part_kind(value: Any, param: str) -> str:
     return "text"
 
 
+def _arguments(value: Any, param: str) -> dict[str, Any]:
+    """Templates want an object where OpenAI has its text."""
+    raw = str(f.text(1 << 20)(value, param))
+    try:
+        found = json.loads(raw or "{}")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise invalid(param, f"{param}={shown(raw)}: expected the text of a JSON object")
+    return found
+
+
 def _tool_call(value: Any, param: str) -> dict[str, Any]:
     table = (
         Field(name="id", read=f.text(_NAME, empty=False), required=True),
@@ -357,7 +370,7 @@ def _tool_call(value: Any, param: str) -> dict[str, Any]:
     found = f.read_fields(f.mapping(value, param), table, f"{param}.")
     inner = (
         Field(name="name", read=_function_name, required=True),
-        Field(name="arguments", read=f.text(1 << 20), required=True),
+        Field(name="arguments", read=_arguments, required=True),
     )
     found["function"] = f.read_fields(found["function"], inner, f"{param}.function.")
     return found

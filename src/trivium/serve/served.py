@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from trivium.inference import Delta, Request
 
 if TYPE_CHECKING:
-    import torch
-
     from trivium.serve.grammar import Grammars
 
 
@@ -86,7 +84,7 @@ class Tokenizer(Protocol):
 class Served:
     """One model, ready. ``slots`` choices run at once. ``template`` is the chat template's text, where there is one.
 
-    ``token_bytes`` gives a token's bytes; ``embed`` takes token ids and "mean" or "last".
+    ``special``: control tokens and their ids. ``token_bytes``: what a token stands for. ``longest_token``: in bytes.
     """
 
     name: str
@@ -100,4 +98,3 @@ class Served:
     special: Mapping[str, int] | None = None
     token_bytes: Callable[[int], bytes] | None = None
     grammars: Grammars | None = None
-    embed: Callable[[Sequence[Sequence[int]], str], torch.Tensor] | None = None

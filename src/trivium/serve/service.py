@@ -148,11 +148,7 @@ class Service:
             raise ApiError(400, "unsupported_parameter", message, param="messages")
         size = sum(len(message["content"]) for message in messages)
         check_characters(size, served, "messages")
-        return await self.off_loop(
-            size + 256 * len(messages) + 4096 * len(tools or ()),
-            lambda: tokenizer.chat(messages, tools=tools, prompt=prompt),
-            "messages",
-        )
+        return await self.off_loop(None, lambda: tokenizer.chat(messages, tools=tools, prompt=prompt), "messages")
 
     def tokenizer(self, param: str) -> Tokenizer:
         """The tokenizer. Raises ApiError 400 where the model has none."""
@@ -162,10 +158,10 @@ class Service:
             raise ApiError(400, "unsupported_parameter", message, param=param)
         return tokenizer
 
-    async def off_loop(self, size: int, call: Callable[[], T], param: str) -> T:
-        """``call`` here where it is small, else on a thread. What it refuses becomes an ApiError 400."""
+    async def off_loop(self, size: int | None, call: Callable[[], T], param: str) -> T:
+        """``call`` here where its text is short, else (and for None) on a thread. What it refuses is a 400."""
         try:
-            if size <= _INLINE_CHARS:
+            if size is not None and size <= _INLINE_CHARS:
                 return call()
             return await asyncio.get_running_loop().run_in_executor(self._readers, call)
         except ApiError:

@@ -1,4 +1,4 @@
-// What can be done with chats (open, send, edit, stop, keep, import): the page's state, apart from how it is drawn.
+// What can be done with chats (open, send, edit, stop, keep, take in): the page's state, apart from how it is drawn.
 import { keep, kept, stashPartial, takePartial } from "./prefs.js";
 import { exported, readExport, readSettings } from "./records.js";
 import { Run } from "./run.js";
@@ -183,7 +183,7 @@ export class Chats {
   }
 
   /** The text of an export file with these chats. */
-  async export(metas) {
+  async giveOut(metas) {
     const all = [];
     for (const meta of metas) {
       const open = this.opened.get(meta.id);
@@ -194,7 +194,7 @@ export class Chats {
   }
 
   /** Adds the chats of an export file beside the present ones; returns how many. Raises RecordError. */
-  async import(text) {
+  async takeIn(text) {
     const found = readExport(text, newId);
     for (const { meta, messages } of found) {
       await this.store.saveMeta(meta);

@@ -83,7 +83,7 @@ const sidebar = new Sidebar({
   async importFile(file) {
     try {
       if (file.size > LARGEST_IMPORT) throw new Error(`The file has ${file.size} bytes; at most ${LARGEST_IMPORT} are read.`);
-      const count = await chats.import(await file.text());
+      const count = await chats.takeIn(await file.text());
       toast(`Imported ${count} chat${count === 1 ? "" : "s"}.`);
     } catch (error) {
       toast(`Nothing was imported. ${error.message}`);
@@ -112,7 +112,7 @@ const panel = new Panel(
 function save(metas) {
   if (!metas.length) return toast("There is no chat to export yet.");
   const day = new Date().toISOString().slice(0, 10);
-  return chats.export(metas).then((text) => download(`trivium-chats-${day}.json`, text));
+  return chats.giveOut(metas).then((text) => download(`trivium-chats-${day}.json`, text));
 }
 
 function choose(id) {
