@@ -158,6 +158,10 @@ class Engine:
             self._end(choice, "abort")
         return True
 
+    def knows(self, request_id: str) -> bool:
+        """Whether a request is being answered."""
+        return request_id in self._requests
+
     def step(self) -> list[Delta]:
         """One step; what it added to whom. Empty when idle, and in steps that only read prompts.
 

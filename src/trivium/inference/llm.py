@@ -1,0 +1,379 @@
+"""A model in the hand: load it, ask it, read what it computes, give it new weights.
+
+DeepSpeed Inference section 3.1. T tokens, V vocabulary, N prompts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from trivium.base.errors import ConfigError, NonFiniteError, SetupError, TriviumError
+from trivium.base.units import parse_bytes
+from trivium.inference.cache import CacheDtype, PagedCache, check_dtype
+from trivium.inference.engine import Engine, EngineConfig
+from trivium.inference.module import load_module
+from trivium.inference.outputs import Answer, Output
+from trivium.inference.packing import Quantize
+from trivium.inference.replace import Weights, replace_weights
+from trivium.inference.request import Collect, Collected, Delta, Request, RequestError, SamplingParams
+from trivium.inference.sizing import BLOCK_SIZE, cache_blocks
+from trivium.inference.stats import EngineStats
+from trivium.inference.thread import EngineThread
+from trivium.inference.weights import DType, load
+from trivium.kernels.program import Experts, Program
+from trivium.kernels.registry import executor, layout
+from trivium.memory.meter import Meter
+
+Prompt = str | Sequence[int]
+Pooling = Literal["mean", "last"]
+_WAIT_S = 0.1
+
+
+class LLM:
+    """A loaded model with an engine of its own.
+
+    ``path_or_model``: a Hugging Face folder, a Trivium checkpoint or run, a `trivium.models.Decoder`, or a transformers
+    model. ``memory`` (bytes, or text such as "8GiB") bounds weights and cache together; None gives the cache a quarter
+    of what is free. ``max_positions`` bounds the context. ``cache_dtype`` "auto" is float32 for float32 weights, else
+    bfloat16. ``place`` and ``mesh`` are for models over several devices, which this version does not have.
+
+    Several threads may call `generate` and `stream` at once; they share steps. `serve` moves the engine to a thread of
+    its own.
+
+    Example:
+        >>> llm = LLM("checkpoints/small")
+        >>> llm.generate("Once upon", SamplingParams(max_tokens=16, temperature=0))[0].text
+    """
+
+    def __init__(
+        self,
+        path_or_model: str | Path | torch.nn.Module,
+        dtype: DType = "auto",
+        quantize: Quantize = None,
+        device: str = "auto",
+        memory: int | str | None = None,
+        place: None = None,
+        mesh: None = None,
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+        max_positions: int | None = None,
+        max_sequences: int = 64,
+        step_tokens: int = 256,
+        cache_dtype: Literal["auto"] | CacheDtype = "auto",
+        block_size: int = BLOCK_SIZE,
+        prefix_cache: bool = True,
+        speculate: bool | None = False,
+    ) -> None:
+        if place is not None or mesh is not None:
+            raise ConfigError("place and mesh: this version runs a model whole on one device; leave them out")
+        self.device = _device(device)
+        self._backend, self._threads = backend, threads
+        form = layout(backend) if self.device == "cpu" else "plain"
+        if isinstance(path_or_model, torch.nn.Module):
+            self.model = load_module(
+                path_or_model, dtype=dtype, quantize=quantize, layout=form, max_positions=max_positions
+            )
+        else:
+            self.model = load(path_or_model, dtype=dtype, quantize=quantize, layout=form, max_positions=max_positions)
+        self.tokenizer: Any = None
+        self.meter = Meter()
+        self.meter.add("weights", self.model.weight_bytes, "host" if self.device == "cpu" else "device")
+        config = EngineConfig(
+            max_sequences=max_sequences, step_tokens=step_tokens, prefix_cache=prefix_cache, speculate=speculate
+        )
+        self.engine = self._build(config, memory, cache_dtype, block_size)
+        self._lock = threading.RLock()
+        self._inboxes: dict[str, queue.SimpleQueue[Delta]] = {}
+        self._numbers = itertools.count()
+        self._thread: EngineThread | None = None
+
+    @property
+    def name(self) -> str:
+        """The folder's or the module's name."""
+        return self.model.name
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens of the longest prompt and answer together."""
+        return self.engine.max_positions
+
+    @property
+    def vocabulary(self) -> int:
+        """Width of the logits."""
+        return self.model.program.logits.width
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's counts."""
+        return self.engine.stats
+
+    def sampling(self, **changes: Any) -> SamplingParams:
+        """What the model's folder recommends (the likeliest token where it says nothing), with ``changes``."""
+        told = self.model.generation
+        found: dict[str, Any] = {"temperature": 0.0 if told.temperature is None else told.temperature}
+        for name in ("top_k", "top_p", "min_p", "repetition_penalty"):
+            if getattr(told, name) is not None:
+                found[name] = getattr(told, name)
+        return SamplingParams(**{**found, **changes})
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, with what the model expects at its beginning. Text needs a tokenizer."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise RequestError(f"{self.name} has no tokenizer: give token ids instead of text", param="prompt")
+        tokens: list[int] = self.tokenizer.encode(prompt)
+        return tokens
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Output]:
+        """Answer prompts, all at once; one `Output` each, in order. ``params``: for all, or one each.
+
+        Raises:
+            RequestError: a prompt or setting that cannot be served; nothing was computed.
+        """
+        tokens = [self.encode(prompt) for prompt in _many(prompts)]
+        settings = list(params) if isinstance(params, Sequence) else [params or self.sampling()] * len(tokens)
+        if len(settings) != len(tokens):
+            raise ConfigError(f"{len(settings)} sampling params for {len(tokens)} prompts: give one, or one each")
+        return self._answer(
+            [
+                Request(request_id=self._next_id(), prompt_token_ids=prompt, params=one)
+                for prompt, one in zip(tokens, settings, strict=True)
+            ]
+        )
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """The answer's deltas as they come. Closing the iterator ends the request."""
+        request = Request(
+            request_id=self._next_id(), prompt_token_ids=self.encode(prompt), params=params or self.sampling()
+        )
+        return self._deltas([request])
+
+    def logits(self, token_ids: Sequence[int], *, routing: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
+        """Logits [T, V] of all positions, fp32 on the CPU. ``routing``: choices of experts to replay, [T, K] each."""
+        found = self._collect(token_ids, "logits", routing).logits
+        return torch.empty(0, self.vocabulary) if found is None else found
+
+    def routing(self, token_ids: Sequence[int]) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        """Per MoE layer each token's experts (int32 [T, K]) and their weights (fp32 [T, K])."""
+        return self._collect(token_ids, "routing").routing or ()
+
+    def embed(self, prompts: Prompt | Sequence[Prompt], pooling: Pooling = "mean") -> torch.Tensor:
+        """One vector per prompt [N, dim], fp32 on the CPU: the last norm's output, its mean or the last token's.
+
+        Raises:
+            NonFiniteError: a vector is not finite.
+        """
+        if pooling not in ("mean", "last"):
+            raise ConfigError(f"pooling={pooling!r}: expected 'mean' or 'last'")
+        outputs = self._answer([self._collecting(self.encode(prompt), "hidden") for prompt in _many(prompts)])
+        pooled: list[torch.Tensor] = []
+        for output in outputs:
+            rows = output.collected.hidden if output.collected is not None else None
+            if rows is None or not bool(torch.isfinite(rows).all()):
+                raise NonFiniteError(f"{self.name}: the hidden states of prompt {len(pooled)} are not finite")
+            pooled.append(rows.mean(dim=0) if pooling == "mean" else rows[-1])
+        return torch.stack(pooled) if pooled else torch.empty(0, self.model.program.hidden.width)
+
+    def load_weights(self, weights: Weights) -> int:
+        """Replace weights in place, by the names that the model was loaded with, and drop the prefix cache.
+
+        Returns how many tensors were used. Weights that are not named stay as they are.
+
+        Raises:
+            RequestError: requests are being answered.
+            CheckpointError: an unknown name, another shape, or a part of a fused weight without the rest.
+        """
+        used = 0
+
+        def swap(engine: Engine) -> None:
+            nonlocal used
+            engine.forget_prefixes()
+            used = replace_weights(self.model, weights)
+            if self.device != "cpu":
+                engine.executor = executor(
+                    self.model.program, backend=self._backend, threads=self._threads, device=self.device
+                )
+
+        if self._thread is not None:
+            self._thread.between_steps(swap)
+        else:
+            with self._lock:
+                swap(self.engine)
+        return used
+
+    def serve(self) -> EngineThread:
+        """Move the engine to a thread of its own, once; all methods go on working, through it."""
+        with self._lock:
+            if self._thread is None:
+                if self._inboxes:
+                    raise SetupError(f"{len(self._inboxes)} requests are being answered; let them end first")
+                self._thread = EngineThread(self.engine)
+            return self._thread
+
+    def _build(self, config: EngineConfig, memory: int | str | None, cache_dtype: str, block_size: int) -> Engine:
+        model, program = self.model, self.model.program
+        plain = model.dtype == torch.float32 and model.quantize is None
+        entries = check_dtype(("float32" if plain else "bfloat16") if cache_dtype == "auto" else cache_dtype)
+        blocks = cache_blocks(
+            program.caches,
+            dtype=entries,
+            weight_bytes=model.weight_bytes,
+            memory_bytes=None if memory is None else parse_bytes(memory),
+            max_sequences=config.max_sequences,
+            max_positions=model.max_positions,
+            device=self.device,
+            block_size=block_size,
+        )
+        return Engine(
+            executor(program, backend=self._backend, threads=self._threads, device=self.device),
+            PagedCache(
+                program.caches,
+                num_blocks=blocks,
+                block_size=block_size,
+                dtype=entries,
+                device=self.device,
+                meter=self.meter,
+            ),
+            vocabulary=program.logits.width,
+            max_positions=model.max_positions,
+            eos_ids=frozenset(model.generation.eos_token_ids),
+            decoder=self.tokenizer,
+            config=config,
+            num_experts=_experts(program),
+        )
+
+    def _next_id(self) -> str:
+        return f"llm-{next(self._numbers)}"
+
+    def _collecting(
+        self, token_ids: Sequence[int], collect: Collect, routing: tuple[torch.Tensor, ...] | None = None
+    ) -> Request:
+        return Request(
+            request_id=self._next_id(),
+            prompt_token_ids=token_ids,
+            params=SamplingParams(max_tokens=0),
+            collect=collect,
+            routing=routing,
+        )
+
+    def _collect(
+        self, token_ids: Sequence[int], collect: Collect, routing: tuple[torch.Tensor, ...] | None = None
+    ) -> Collected:
+        (output,) = self._answer([self._collecting(list(token_ids), collect, routing)])
+        return output.collected or Collected()
+
+    def _answer(self, requests: list[Request]) -> list[Output]:
+        outputs = {
+            request.request_id: Output(
+                prompt_token_ids=request.prompt_token_ids, choices=[Answer() for _ in range(request.params.n)]
+            )
+            for request in requests
+        }
+        for delta in self._deltas(requests):
+            outputs[delta.request_id].add(delta)
+        return list(outputs.values())
+
+    def _deltas(self, requests: list[Request]) -> Iterator[Delta]:
+        """Submit ``requests`` now; an iterator over what comes of them, which ends them when it is closed."""
+        inbox: queue.SimpleQueue[Delta] = queue.SimpleQueue()
+        requests = [replace(request, prompt_token_ids=list(request.prompt_token_ids)) for request in requests]
+        for request in requests:
+            self.engine.checked(request)
+        thread = self._thread
+        if thread is not None:
+            for request in requests:
+                thread.submit(request, inbox.put)
+        else:
+            with self._lock:
+                for request in requests:
+                    self.engine.add(request)
+                    self._inboxes[request.request_id] = inbox
+        left = {request.request_id: request.params.n for request in requests}
+        return self._receive(inbox, left, thread)
+
+    def _receive(
+        self, inbox: queue.SimpleQueue[Delta], left: dict[str, int], thread: EngineThread | None
+    ) -> Iterator[Delta]:
+        try:
+            while left:
+                try:
+                    delta = inbox.get(block=thread is not None, timeout=_WAIT_S)
+                except queue.Empty:
+                    if thread is None:
+                        self._step()
+                    elif not thread.alive and inbox.empty():
+                        raise TriviumError(f"the engine stopped: {thread.error}") from None
+                    continue
+                if delta.finish_reason is not None:
+                    left[delta.request_id] -= 1
+                    if not left[delta.request_id]:
+                        del left[delta.request_id]
+                yield delta
+        finally:
+            self._leave(left, thread)
+
+    def _step(self) -> None:
+        """One step for all who wait; whoever comes first makes it."""
+        with self._lock:
+            for delta in self.engine.step():
+                inbox = self._inboxes.get(delta.request_id)
+                if inbox is not None:
+                    inbox.put(delta)
+
+    def _leave(self, left: dict[str, int], thread: EngineThread | None) -> None:
+        if thread is not None:
+            for request_id in left:
+                thread.cancel(request_id)
+            return
+        with self._lock:
+            for request_id in left:
+                self.engine.cancel(request_id)
+            self._inboxes = {
+                request_id: inbox for request_id, inbox in self._inboxes.items() if self.engine.knows(request_id)
+            }
+
+
+def _many(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Always a list: of one text, one list of token ids, or several of either."""
+    if isinstance(prompts, str):
+        return [prompts]
+    items = list(prompts)
+    if items and all(isinstance(item, int) for item in items):
+        return [items]  # type: ignore[list-item]
+    for index, item in enumerate(items):
+        if not isinstance(item, (str, list, tuple)):
+            raise RequestError(
+                f"prompt {index} is a {type(item).__name__}: expected text or a list of token ids", param="prompt"
+            )
+    return items  # type: ignore[return-value]
+
+
+def _experts(program: Program) -> tuple[int, ...]:
+    """Experts per MoE layer, in the order in which routing comes back."""
+    found = {
+        operation.layer: len(operation.experts) for operation in program.operations if isinstance(operation, Experts)
+    }
+    return tuple(found[layer] for layer in sorted(found))
+
+
+def _device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"device={device!r}: expected auto, cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise SetupError(f"device={device!r}: torch sees no CUDA GPU here; leave device at auto")
+    return device
