@@ -26,7 +26,7 @@ def check(program: Program, batch: Batch, caches: Sequence[Cache]) -> None:
     if len(caches) != len(program.caches):
         raise ConfigError(f"caches: the program has {len(program.caches)}, got {len(caches)}")
     for number, (cache, spec) in enumerate(zip(caches, program.caches, strict=True)):
-        _check_cache(f"cache {number}", cache, spec)
+        check_cache(f"cache {number}", cache, spec)
     _check_order(batch)
     _check_blocks(program, batch, caches)
     _check_routing(program, batch, tokens)
@@ -70,7 +70,12 @@ def _check_range(name: str, tensor: torch.Tensor, limit: int) -> None:
             raise ConfigError(f"batch.{name}: {low if low < 0 else high}, expected 0 to {limit - 1}")
 
 
-def _check_cache(name: str, cache: Cache, spec: CacheSpec) -> None:
+def check_cache(name: str, cache: Cache, spec: CacheSpec) -> None:
+    """One layer's pages fit what the program keeps there.
+
+    Raises:
+        ConfigError: naming ``name``, the shape or dtype given and the one wanted.
+    """
     pages = [("keys", cache.keys, spec.head_dim, cache.key_scales)]
     if spec.value_dim:
         if cache.values is None:

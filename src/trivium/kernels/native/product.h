@@ -1,0 +1,253 @@
+// One panel of 64 outputs times a block of tokens, in every weight format.
+//
+// [Note: one order] Each output accumulates over its inputs in rising order in a single fp32 accumulator (quantised: one
+// addition per group of exact integer sums; thirds: one accumulator per third, added at the end). How many tokens run at
+// once only changes which accumulators are held in registers together, so results do not depend on it.
+#pragma once
+#include "prepare.h"
+
+namespace trv {
+
+constexpr int kPanel = 64;
+constexpr int kBlock = 240;      // tokens of a block: whole tiles of 16, of 5 and of 6
+constexpr int kDepth = 256;      // inputs of a panel unpacked at once
+
+// A thread's own memory.
+struct Scratch {
+  Buffer weights, c0, c1, tiles, attention, prepared;
+  int tile_rows = -1;  // what the AMX tiles are configured for
+};
+
+// ------------------------------------------------------------------------------------------------ fp32 arithmetic
+struct FromFloat32 {
+  const float* w;
+  TRV_INLINE void pair(const FromFloat32& s, int64_t k, int j, vf& even, vf& odd) {
+    even = vload(s.w + k * kPanel + j * kLanes);
+    odd = vload(s.w + (k + 1) * kPanel + j * kLanes);
+  }
+  TRV_INLINE vf last(const FromFloat32& s, int64_t k, int j) { return vload(s.w + k * kPanel + j * kLanes); }
+};
+struct FromFloat16 {
+  const uint16_t* w;
+  TRV_INLINE void pair(const FromFloat16& s, int64_t k, int j, vf& even, vf& odd) {
+    even = vload_f16(s.w + k * kPanel + j * kLanes);
+    odd = vload_f16(s.w + (k + 1) * kPanel + j * kLanes);
+  }
+  TRV_INLINE vf last(const FromFloat16& s, int64_t k, int j) { return vload_f16(s.w + k * kPanel + j * kLanes); }
+};
+struct FromBfloat16 {
+  const uint16_t* w;
+  TRV_INLINE void pair(const FromBfloat16& s, int64_t k, int j, vf& even, vf& odd) {
+    vi both = viload((const int32_t*)(s.w + k * kPanel) + j * kLanes);
+    even = vbits(vshl(both, 16));
+    odd = vbits(vand(both, viset((int32_t)0xffff0000)));
+  }
+  TRV_INLINE vf last(const FromBfloat16& s, int64_t k, int j) {
+    return vbits(vshl(viload((const int32_t*)(s.w + k * kPanel) + j * kLanes), 16));
+  }
+};
+
+template <int NT, int NV, typename Source>
+TRV_INLINE void float_strip(const Source& w, int64_t depth, const float* x, int64_t stride, float* c, int64_t ldc,
+                            int j0) {
+  vf acc[NT][NV];
+  for (int t = 0; t < NT; t++)
+    for (int j = 0; j < NV; j++) acc[t][j] = vload(c + t * ldc + (j0 + j) * kLanes);
+  int64_t k = 0;
+  for (; k + 2 <= depth; k += 2) {
+    vf even[NV], odd[NV];
+    for (int j = 0; j < NV; j++) Source::pair(w, k, j0 + j, even[j], odd[j]);
+    for (int t = 0; t < NT; t++) {
+      vf a = vset(x[t * stride + k]);
+      for (int j = 0; j < NV; j++) acc[t][j] = vfma(a, even[j], acc[t][j]);
+    }
+    for (int t = 0; t < NT; t++) {
+      vf a = vset(x[t * stride + k + 1]);
+      for (int j = 0; j < NV; j++) acc[t][j] = vfma(a, odd[j], acc[t][j]);
+    }
+  }
+  if (k < depth)
+    for (int j = 0; j < NV; j++) {
+      vf b = Source::last(w, k, j0 + j);
+      for (int t = 0; t < NT; t++) acc[t][j] = vfma(vset(x[t * stride + k]), b, acc[t][j]);
+    }
+  for (int t = 0; t < NT; t++)
+    for (int j = 0; j < NV; j++) vstore(c + t * ldc + (j0 + j) * kLanes, acc[t][j]);
+}
+
+template <int NT, typename Source>
+__attribute__((noinline)) void float_rows(const Source& w, int64_t depth, const float* x, int64_t stride, float* c,
+                                          int64_t ldc) {
+  constexpr int NV = NT == 1 ? 4 : kWide;
+  for (int j0 = 0; j0 < 4; j0 += NV) float_strip<NT, NV>(w, depth, x, stride, c, ldc, j0);
+}
+
+// c [tokens][ldc] += x [tokens][depth] · w [depth][64].
+template <typename Source>
+void float_panel(const Source& w, int64_t depth, const float* x, int64_t stride, int tokens, float* c, int64_t ldc) {
+  int t = 0;
+  for (; t + 6 <= tokens; t += 6) float_rows<6>(w, depth, x + t * stride, stride, c + t * ldc, ldc);
+  x += t * stride;
+  c += t * ldc;
+  switch (tokens - t) {
+    case 5: float_rows<3>(w, depth, x, stride, c, ldc); float_rows<2>(w, depth, x + 3 * stride, stride, c + 3 * ldc, ldc); break;
+    case 4: float_rows<4>(w, depth, x, stride, c, ldc); break;
+    case 3: float_rows<3>(w, depth, x, stride, c, ldc); break;
+    case 2: float_rows<2>(w, depth, x, stride, c, ldc); break;
+    case 1: float_rows<1>(w, depth, x, stride, c, ldc); break;
+  }
+}
+
+template <typename Source>
+void float_product(const Source& w, int64_t columns, const Prepared& x, int t0, int tokens, float* c, Scratch& scratch,
+                   bool unpack) {
+  const float* rows = x.x + t0 * x.stride;
+  if (!unpack || tokens <= 4) {
+    // In slices of inputs, so that a slice of the panel stays in the first caches over all tokens.
+    int64_t depth = tokens <= 6 ? columns : kDepth;
+    for (int64_t k = 0; k < columns; k += depth) {
+      Source part = w;
+      part.w += k * kPanel;
+      float_panel(part, k + depth < columns ? depth : columns - k, rows + k, x.stride, tokens, c, kPanel);
+    }
+    return;
+  }
+  float* wide = scratch.weights.get<float>((size_t)kDepth * kPanel);
+  for (int64_t k = 0; k < columns; k += kDepth) {
+    int64_t depth = k + kDepth < columns ? kDepth : columns - k;
+    for (int64_t i = 0; i < depth; i += 2)
+      for (int j = 0; j < 4; j++) {
+        if (i + 1 < depth) {
+          vf even, odd;
+          Source::pair(w, k + i, j, even, odd);
+          vstore(wide + i * kPanel + j * kLanes, even);
+          vstore(wide + (i + 1) * kPanel + j * kLanes, odd);
+        } else {
+          vstore(wide + i * kPanel + j * kLanes, Source::last(w, k + i, j));
+        }
+      }
+    float_panel(FromFloat32{wide}, depth, rows + k, x.stride, tokens, c, kPanel);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ integer arithmetic
+TRV_INLINE vf load_scale(const Matrix& m, int64_t panel, int groups, int g, int j) {
+  int64_t at = (panel * groups + g) * kPanel + j * kLanes;
+  return m.half_scales ? vload_f16((const uint16_t*)m.scales + at) : vload((const float*)m.scales + at);
+}
+
+// c += float(dot) · scales, where `dot` still holds the weights' offset if `biased`.
+TRV_INLINE void add_group(const Matrix& m, int64_t panel, int groups, int g, int j, vi dot, float scale, int32_t sum,
+                          vf weight_scale, float* c) {
+  if (m.zeros) dot = visub(dot, vimul(vload_u8(m.zeros + (panel * groups + g) * kPanel + j * kLanes), viset(sum)));
+  vf s = m.group ? vmul(vset(scale), weight_scale) : vset(scale);
+  vstore(c + j * kLanes, vfma(vfloat(dot), s, vload(c + j * kLanes)));
+}
+
+TRV_INLINE int32_t dot_start(const Matrix& m, int32_t sum) {
+  if (m.format == kInt4) return m.zeros ? 0 : -8 * sum;
+  return kBiasedDot ? -128 * sum : 0;
+}
+
+template <int NT, int NV, bool kFour>
+TRV_INLINE void int_strip(const Matrix& m, int64_t panel, const Prepared& x, int64_t t0, float* c, int j0) {
+  const int8_t* rows[NT];
+  for (int t = 0; t < NT; t++) rows[t] = x.quant_row(t0 + t);
+  const int64_t padded = m.padded;
+  const uint8_t* w = (const uint8_t*)m.data + panel * kPanel * padded / (kFour ? 2 : 1) + j0 * 64;
+  for (int g = 0; g < x.groups; g++) {
+    int64_t begin = (int64_t)g * x.group, end = begin + x.group < padded ? begin + x.group : padded;
+    vi acc[NT][NV];
+    for (int t = 0; t < NT; t++)
+      for (int j = 0; j < NV; j++) acc[t][j] = viset(dot_start(m, x.sums[(t0 + t) * x.groups + g]));
+    for (int64_t k = begin; k < end; k += 32) {
+      int64_t at = (k / 64) * 1024 + k % 64;
+      const uint8_t* source = w + k * kPanel / (kFour ? 2 : 1);
+#pragma GCC unroll 8
+      for (int u = 0; u < 32; u += kFour ? 8 : 4) {
+        for (int j = 0; j < NV; j++) {
+          vb packed = vbload(source + j * 64);
+          if (kFour) {
+            vb low = vlow4(packed), high = vhigh4(packed);
+            for (int t = 0; t < NT; t++) {
+              int32_t a, b;
+              memcpy(&a, rows[t] + at + u, 4);
+              memcpy(&b, rows[t] + at + u + 4, 4);
+              acc[t][j] = dot_w4(dot_w4(acc[t][j], low, vbset(a)), high, vbset(b));
+            }
+          } else {
+            for (int t = 0; t < NT; t++) {
+              int32_t a;
+              memcpy(&a, rows[t] + at + u, 4);
+              acc[t][j] = dot_w8(acc[t][j], packed, vbset(a));
+            }
+          }
+        }
+        source += 256;
+      }
+    }
+    for (int j = 0; j < NV; j++) {
+      vf weight_scale = m.group ? load_scale(m, panel, x.groups, g, j0 + j) : vzero();
+      for (int t = 0; t < NT; t++) {
+        int64_t at = (t0 + t) * x.groups + g;
+        add_group(m, panel, x.groups, g, j0 + j, acc[t][j], x.scales[at], x.sums[at], weight_scale, c + t * kPanel);
+      }
+    }
+  }
+}
+
+template <int NT, bool kFour>
+__attribute__((noinline)) void int_rows(const Matrix& m, int64_t panel, const Prepared& x, int64_t t0, float* c) {
+  constexpr int NV = NT == 1 ? 4 : kWide;
+  for (int j0 = 0; j0 < 4; j0 += NV) int_strip<NT, NV, kFour>(m, panel, x, t0, c, j0);
+}
+
+template <bool kFour>
+void int_panel(const Matrix& m, int64_t panel, const Prepared& x, int64_t t0, int tokens, float* c) {
+  int t = 0;
+  for (; t + 4 <= tokens; t += 4) int_rows<4, kFour>(m, panel, x, t0 + t, c + t * kPanel);
+  if (tokens - t >= 2) {
+    int_rows<2, kFour>(m, panel, x, t0 + t, c + t * kPanel);
+    t += 2;
+  }
+  if (tokens - t) int_rows<1, kFour>(m, panel, x, t0 + t, c + t * kPanel);
+}
+
+}  // namespace trv
+
+#include "amx.h"
+
+namespace trv {
+
+// c [tokens][64] = x[t0 … t0 + tokens] · panelᵀ, scales included. `t0` is a multiple of the form's tile.
+inline void product(const Matrix& m, int64_t panel, const Prepared& x, int t0, int tokens, float* c, Scratch& scratch) {
+  memset(c, 0, (size_t)tokens * kPanel * 4);
+  switch (m.format) {
+    case kFloat32:
+      return float_product(FromFloat32{(const float*)m.data + panel * kPanel * m.padded}, m.columns, x, t0, tokens, c, scratch, false);
+    case kFloat16:
+      return float_product(FromFloat16{(const uint16_t*)m.data + panel * kPanel * m.padded}, m.columns, x, t0, tokens, c, scratch, true);
+    case kBfloat16:
+#if TRV_AMX
+      return thirds_product(m, panel, x, t0, tokens, c, scratch);
+#else
+      return float_product(FromBfloat16{(const uint16_t*)m.data + panel * kPanel * m.padded}, m.columns, x, t0, tokens, c, scratch, true);
+#endif
+  }
+#if TRV_AMX
+  if (tokens >= kTileProduct)
+    int_tiles(m, panel, x, t0, tokens, c, scratch);
+  else
+#endif
+  if (m.format == kInt8)
+    int_panel<false>(m, panel, x, t0, tokens, c);
+  else
+    int_panel<true>(m, panel, x, t0, tokens, c);
+  if (!m.group)
+    for (int j = 0; j < 4; j++) {
+      vf s = load_scale(m, panel, 1, 0, j);
+      for (int t = 0; t < tokens; t++) vstore(c + t * kPanel + j * kLanes, vmul(vload(c + t * kPanel + j * kLanes), s));
+    }
+}
+
+}  // namespace trv

@@ -1,0 +1,151 @@
+"""Runs a program with the native library: one call per step, without the interpreter's lock.
+
+DeepSpeed Inference section 3.1. Batch-invariant: see [Note: one order] in native/product.h and [Note: key tiles] in
+native/attention.h.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from trivium.base.errors import CapacityError, ConfigError, SetupError
+from trivium.kernels.batch import check, check_cache
+from trivium.kernels.native_abi import STRUCTS, CBatch, CCache, CRouting
+from trivium.kernels.native_program import Bound, routing_layers
+from trivium.kernels.program import Batch, Cache, Output, Program
+
+_CACHES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 3}
+
+
+def open_library(path: Path) -> C.CDLL:
+    """The library with its functions typed.
+
+    Raises:
+        SetupError: it cannot be loaded, or was built from other sources than these.
+    """
+    try:
+        library = C.CDLL(str(path))
+        library.trivium_bind.restype = C.c_void_p
+        library.trivium_bind.argtypes = [C.c_void_p]
+        library.trivium_run.argtypes = [C.c_void_p, C.c_void_p]
+        library.trivium_free.argtypes = [C.c_void_p]
+        library.trivium_free.restype = None
+    except (OSError, AttributeError) as error:
+        raise SetupError(f"{path}: {error}; build it again: python -m trivium.kernels.build") from error
+    sizes = (C.c_int64 * len(STRUCTS))()
+    library.trivium_sizes(sizes)
+    if list(sizes) != [C.sizeof(struct) for struct in STRUCTS]:
+        raise SetupError(f"{path} was built from other sources; build it again: python -m trivium.kernels.build")
+    return library
+
+
+class NativeExecutor:
+    """The program's step in the native library; see `trivium.kernels.executor.Executor`."""
+
+    def __init__(self, program: Program, library: C.CDLL, variant: str, threads: int) -> None:
+        if threads < 1:
+            raise ConfigError(f"threads: {threads}, expected at least 1")
+        self._program = program
+        self._variant = variant
+        self._library = library
+        self._handle: int | None = None
+        self._bound = Bound(program, threads)
+        self._layers = routing_layers(program)
+        self._known: tuple[Cache, ...] = ()
+        self._caches: object = None
+        self._handle = library.trivium_bind(C.byref(self._bound.struct))
+        if not self._handle:
+            raise CapacityError("the native kernels could not allocate memory for the program")
+
+    @property
+    def name(self) -> str:
+        """The backend and its variant."""
+        return f"native {self._variant}"
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Always: every output accumulates in one order."""
+        return True
+
+    def run(self, batch: Batch, caches: Sequence[Cache]) -> Output:
+        """One step; see `Executor.run`."""
+        if len(caches) != len(self._known) or any(a is not b for a, b in zip(caches, self._known, strict=True)):
+            self._bind_caches(batch, caches)
+        _check_vectors(batch)
+        tokens, rows = len(batch.token_ids), len(batch.output_rows)
+        logits = torch.empty(rows, self._program.logits.width)
+        hidden = torch.empty(rows, self._program.hidden.width)
+        if batch.routing is not None:
+            check(self._program, batch, caches)
+        routing = tuple(
+            (torch.empty(tokens, op.gate.top_k, dtype=torch.int32), torch.empty(tokens, op.gate.top_k))
+            for op in self._layers
+        )
+        tables = (CRouting * max(1, len(routing)))()
+        for layer, (experts, weights) in enumerate(routing):
+            replayed = None if batch.routing is None else batch.routing[layer].data_ptr()
+            tables[layer] = CRouting(replayed, experts.data_ptr(), weights.data_ptr())
+        names = ("token_ids", "positions", "sequences", "block_tables", "output_rows")
+        # Held until the call returns: copies of tensors that were not contiguous.
+        tensors = [getattr(batch, name).contiguous() for name in names]
+        struct = CBatch(
+            *(tensor.data_ptr() for tensor in tensors),
+            tokens,
+            *batch.block_tables.shape,
+            rows,
+            C.addressof(self._caches),  # type: ignore[arg-type]
+            C.addressof(tables),
+            logits.data_ptr(),
+            hidden.data_ptr(),
+        )
+        code = self._library.trivium_run(self._handle, C.byref(struct))
+        if code == 1:
+            check(self._program, batch, caches)
+            raise ConfigError("the batch does not fit the program")
+        if code == 2:
+            raise CapacityError(f"a step of {tokens} tokens: out of memory for its activations; run fewer at once")
+        if code:
+            raise SetupError("the native kernels could not start their threads; allow more, or ask for fewer")
+        return Output(logits=logits, hidden=hidden, routing=routing)
+
+    def _bind_caches(self, batch: Batch, caches: Sequence[Cache]) -> None:
+        if len(caches) != len(self._program.caches):
+            raise ConfigError(f"caches: the program has {len(self._program.caches)}, got {len(caches)}")
+        array = (CCache * max(1, len(caches)))()
+        for number, (cache, spec) in enumerate(zip(caches, self._program.caches, strict=True)):
+            check_cache(f"cache {number}", cache, spec)
+            array[number] = CCache(
+                cache.keys.data_ptr(),
+                None if cache.values is None else cache.values.data_ptr(),
+                None if cache.key_scales is None else cache.key_scales.data_ptr(),
+                None if cache.value_scales is None else cache.value_scales.data_ptr(),
+                cache.keys.shape[0],
+                cache.keys.shape[2],
+                _CACHES[cache.keys.dtype],
+            )
+        self._known, self._caches = tuple(caches), array
+
+    def __del__(self) -> None:
+        if self._handle:
+            self._library.trivium_free(self._handle)
+            self._handle = None
+
+
+def _check_vectors(batch: Batch) -> None:
+    """Types and lengths; the library checks the numbers."""
+    tokens = len(batch.token_ids)
+    for tensor, dims in (
+        (batch.token_ids, 1),
+        (batch.positions, 1),
+        (batch.sequences, 1),
+        (batch.output_rows, 1),
+        (batch.block_tables, 2),
+    ):
+        if tensor.dtype != torch.int32 or tensor.dim() != dims or tensor.device.type != "cpu":
+            raise ConfigError(f"a batch's tensors are int32 on the CPU, got {tensor.dtype} {list(tensor.shape)}")
+    if len(batch.positions) != tokens or len(batch.sequences) != tokens:
+        raise ConfigError(f"{tokens} tokens, {len(batch.positions)} positions, {len(batch.sequences)} sequences")
