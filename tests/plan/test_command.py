@@ -127,3 +127,16 @@ def test_the_trainer_plans_itself_with_the_model_it_built(config: str) -> None:
     assert plan.num_parameters == shape.num_parameters()
     assert (plan.setting.rank, plan.setting.accumulation, plan.setting.zero.average) == (1, 2, False)
     assert plan.setting.batch == Batch(rows=4, sequence=64, documents=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("pr-moe-350m-32/64", 4.12), ("mos-350m-32/64", 3.54), ("moe-1.3b-128", 52.47)]
+)
+def test_the_papers_moe_models_are_planned(name: str, billions: float, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ("plan", "--preset", name, "--ranks", "64", "--ep", "32", "--stage", "1")
+    code, data = trivium_json(capsys, *wanted)
+    (plan,) = data["plans"]
+    assert plan["parameters"] / 1e9 == pytest.approx(billions, rel=0.005)
+    assert plan["ep"] == 32 and plan["sent_bytes"]["by_phase"]["dispatch"] > 0
+    again, told, _ = trivium(capsys, *wanted)
+    assert code == again == 0 and "rows to experts" in told and "for each token, ep 32" in told

@@ -48,6 +48,7 @@ def plan(
     micro_batch: Annotated[int | None, typer.Option(help="Sequences per rank and micro-batch.")] = None,
     sequence: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
     accumulation: Annotated[int | None, typer.Option(help="Micro-batches per step.")] = None,
+    ep: Annotated[int | None, typer.Option(help="Ranks that share the experts of a layer.")] = None,
     recompute: Annotated[bool, typer.Option("--recompute", help="Checkpoint the blocks' activations.")] = False,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key of CONFIG, zero.bucket_bytes=1048576.")
@@ -65,7 +66,7 @@ def plan(
     if preset is not None and overrides:
         raise ConfigError("--set overrides keys of CONFIG.toml: it has no effect with --preset")
     limit = None if memory is None else parse_bytes(memory)
-    given = _Given(ranks, stage, dtype, micro_batch, sequence, accumulation, recompute)
+    given = _Given(ranks, stage, dtype, micro_batch, sequence, accumulation, recompute, ep)
     if config is None:
         shape, setting = _of_preset(preset or "", given)
     else:
@@ -87,6 +88,7 @@ class _Given(NamedTuple):
     sequence: int | None
     accumulation: int | None
     recompute: bool
+    ep: int | None
 
     def as_overrides(self) -> list[str]:
         """The same as keys of a configuration, which checks them."""
@@ -97,6 +99,7 @@ class _Given(NamedTuple):
             ("data.sequence", self.sequence),
             ("train.accumulation", self.accumulation),
             ("train.recompute", "true" if self.recompute else None),
+            ("mesh.ep", self.ep),
         )
         return [f"{key}={value}" for key, value in keys if value is not None]
 
@@ -122,6 +125,7 @@ def _of_preset(name: str, given: _Given) -> tuple[DecoderConfig, Setting]:
             recompute=given.recompute,
         ),
         accumulation=1 if given.accumulation is None else given.accumulation,
+        ep=1 if given.ep is None else given.ep,
     )
 
 
@@ -147,7 +151,7 @@ def _show(
     from trivium.plan.forecast import forecast, inventory_of
     from trivium.plan.hardware import Machine, this_machine
 
-    inventory = inventory_of(shape, setting.dtype)
+    inventory = inventory_of(shape, setting.dtype, ep=setting.ep)
     machine = (
         this_machine(setting.ranks if binding else 1) if limit is None else Machine(memory_bytes=limit, source="given")
     )
@@ -164,7 +168,7 @@ def _show(
             }
         )
     else:
-        _table(title, plans, fits, machine.memory_bytes, machine.source)
+        _table(title, shape, plans, fits, machine.memory_bytes, machine.source)
     if not any(fits):
         words = _ways_out(inventory, plans[-1], machine.memory_bytes, shape)
         if binding or limit is not None:
@@ -173,14 +177,19 @@ def _show(
             word_console().print(words, soft_wrap=True)
 
 
-def _table(title: str, plans: Sequence[Plan], fits: Sequence[bool], memory_bytes: int, source: str) -> None:
+def _table(
+    title: str, shape: DecoderConfig, plans: Sequence[Plan], fits: Sequence[bool], memory_bytes: int, source: str
+) -> None:
     from rich.table import Table
 
     first = plans[0]
     setting = first.setting
     console = data_console()
+    activated = ""
+    if shape.moe is not None:
+        activated = f", {format_count(shape.num_activated_parameters())} for each token, ep {setting.ep}"
     console.print(
-        f"{title}: Ψ = {format_count(first.num_parameters)} parameters, "
+        f"{title}: Ψ = {format_count(first.num_parameters)} parameters{activated}, "
         f"{str(setting.dtype).removeprefix('torch.')}, {setting.ranks} ranks, "
         f"micro-batch {setting.batch.rows} × {setting.batch.sequence} tokens, accumulation {setting.accumulation}"
         f"{', recompute' if setting.batch.recompute else ''}",
@@ -197,6 +206,11 @@ def _table(title: str, plans: Sequence[Plan], fits: Sequence[bool], memory_bytes
         elif any(values):
             table.add_row(label, *(_gb(value) for value in values))
     table.add_row("sent per step", *(_gb(plan.communication.per_step.sent_bytes) for plan in plans))
+    if first.communication.exchange:
+        even = [
+            plan.communication.per_step.sent_bytes - plan.communication.states_per_step.sent_bytes for plan in plans
+        ]
+        table.add_row("of it, rows to experts", *(_gb(count) for count in even))
     table.add_row("volume (×(N-1)/N)", *(f"{plan.volume:.2f} Ψ" for plan in plans))
     table.add_row(
         f"fits {_gb(memory_bytes)}",

@@ -5,6 +5,7 @@ ZeRO section 3.2 (residual states: activations); with recomputation one block's 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from trivium.models import DecoderConfig
 
 HEAD_CHUNK_TOKENS = 1024
 _FP32 = 4
+_CHOICE_BYTES = 12  # an expert's number and a weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +41,39 @@ class Batch:
         return self.rows * self.sequence
 
 
-def saved_block_bytes(config: DecoderConfig, batch: Batch, dtype: torch.dtype) -> int:
+def saved_block_bytes(config: DecoderConfig, batch: Batch, dtype: torch.dtype, layer: int = 0, degree: int = 1) -> int:
     """What autograd keeps of one block: each norm's input, its normalised input and output, q, k, v, the attention's
-    output and log-sum, gate, up, silu and product. Norms work in fp32 at least."""
+    output and log-sum, gate, up, silu and product. Norms work in fp32 at least. With experts: see `_saved_experts`."""
     element, heads = dtype.itemsize, config.heads * config.head_size
     wide = max(element, _FP32)
     norms = 2 * (2 * config.dim * wide + config.dim * element + wide)
     attention = (3 * heads + 2 * config.kv_head_count * config.head_size) * element + config.heads * _FP32
-    mlp = 4 * config.ffn_dim * element
+    experts = config.num_experts[layer]
+    mlp = _saved_experts(config, experts, dtype, degree) if experts else 4 * config.ffn_dim * element
     mask = batch.sequence * element if batch.documents else 0
     return batch.tokens * (norms + attention + mlp + mask)
+
+
+def _saved_experts(config: DecoderConfig, experts: int, dtype: torch.dtype, degree: int) -> int:
+    """Bytes per token of one layer with ``experts`` on ``degree`` ranks, all choices kept, none more than its share.
+
+    The router's logits and scores in fp32; of each choice what its expert needs again: in fp32 what goes into the
+    activation, in 16 bits also the row, what comes out of the activation and the expert's output. Rows that came from
+    other ranks, and came back, are kept besides.
+    """
+    moe = config.moe
+    if moe is None:
+        return 0
+    element, width = dtype.itemsize, config.expert_dim
+    entering = 2 if moe.expert == "swiglu" else 1
+    whole = 4 if moe.expert == "swiglu" else 2
+    fused = element >= _FP32
+    row = entering * width * element if fused else (whole * width + 2 * config.dim) * element
+    row += 2 * config.dim * element if degree > 1 and fused else 0
+    router = 2 * experts * _FP32 + (0 if fused else config.dim * _FP32)
+    always = (moe.shared if moe.residual == "none" else 1) * whole * width * element
+    mixed = 2 * config.dim * element if moe.residual == "mix" else 0
+    return router + moe.top_k * (row + 2 * _CHOICE_BYTES) + always + mixed
 
 
 def saved_rest_bytes(config: DecoderConfig, batch: Batch, dtype: torch.dtype) -> int:
@@ -73,13 +98,22 @@ class Activations:
         return max(self.head, self.block)
 
 
-def activations(config: DecoderConfig, batch: Batch, dtype: torch.dtype) -> Activations:
-    """One micro-batch's activations at their worst; the softmax of one chunk of tokens exists at a time."""
+def activations(config: DecoderConfig, batch: Batch, dtype: torch.dtype, degrees: Sequence[int] = ()) -> Activations:
+    """One micro-batch's activations at their worst; the softmax of one chunk of tokens exists at a time.
+
+    ``degrees``: over how many ranks the experts of each layer that has any are spread (none given: one).
+    """
     element, wide = dtype.itemsize, max(dtype.itemsize, _FP32)
     narrow = element if element < wide else 0
-    saved = saved_block_bytes(config, batch, dtype)
+    spread = iter(degrees)
+    each = [
+        saved_block_bytes(config, batch, dtype, layer, next(spread, 1) if experts else 1)
+        for layer, experts in enumerate(config.num_experts)
+    ]
+    saved = max(each)
     stream = batch.tokens * config.dim * element
-    kept = config.layers * (stream if batch.recompute else saved) + saved_rest_bytes(config, batch, dtype)
+    kept = config.layers * stream if batch.recompute else sum(each)
+    kept += saved_rest_bytes(config, batch, dtype)
     alive = min(batch.tokens, HEAD_CHUNK_TOKENS)
     logits = alive * config.vocabulary * (wide + narrow)
     widened = config.vocabulary * config.dim * wide if narrow else 0

@@ -5,26 +5,12 @@ ZeRO section 7: 2Ψ at stages 0 to 2, 3Ψ at stage 3, times (N-1)/N.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from trivium.plan.inventory import PlannedFlat, PlannedUnit
+from trivium.plan.traffic import Traffic as Traffic
 from trivium.zero.placement import ZeroConfig, piece_numel, pieces
-
-
-@dataclass(frozen=True, kw_only=True)
-class Traffic:
-    """Bytes that one rank sends, and collectives it issues."""
-
-    sent_bytes: int = 0
-    calls: int = 0
-
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(sent_bytes=self.sent_bytes + other.sent_bytes, calls=self.calls + other.calls)
-
-    def times(self, count: int) -> Traffic:
-        """This much ``count`` times."""
-        return Traffic(sent_bytes=self.sent_bytes * count, calls=self.calls * count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +18,7 @@ class Communication:
     """Payload by phase: ``forward`` and ``gather`` once per micro-batch, ``reduce`` once per reduction, ``step`` once.
 
     The ledger's phase ``backward`` is ``gather`` and ``reduce`` together. Agreements (phase ``agree``) come on top.
+    ``exchange``: rows to experts elsewhere and back, by phase, once per micro-batch, of an even router.
     """
 
     forward: Traffic
@@ -40,6 +27,7 @@ class Communication:
     step: Traffic
     accumulation: int = 1
     no_sync: bool = False
+    exchange: Mapping[str, Traffic] = field(default_factory=dict)
 
     @property
     def by_phase(self) -> dict[str, Traffic]:
@@ -49,6 +37,7 @@ class Communication:
             "forward": self.forward.times(self.accumulation),
             "backward": self.gather.times(self.accumulation) + self.reduce.times(reductions),
             "step": self.step,
+            **{phase: traffic.times(self.accumulation) for phase, traffic in self.exchange.items()},
         }
 
     @property
@@ -57,13 +46,23 @@ class Communication:
         return sum(self.by_phase.values(), Traffic())
 
     @property
+    def states_per_step(self) -> Traffic:
+        """What one optimizer step sends of parameters and gradients: all but the rows for experts."""
+        return sum((sent for phase, sent in self.by_phase.items() if phase not in self.exchange), Traffic())
+
+    @property
     def per_micro_batch(self) -> Traffic:
-        """All that a step of one micro-batch sends: the paper's volume."""
+        """What a step of one micro-batch sends of parameters and gradients: the paper's volume."""
         return self.forward + self.gather + self.reduce + self.step
 
 
 def communication(
-    units: Sequence[PlannedUnit], zero: ZeroConfig, *, accumulation: int = 1, no_sync: bool = False
+    units: Sequence[PlannedUnit],
+    zero: ZeroConfig,
+    *,
+    accumulation: int = 1,
+    no_sync: bool = False,
+    exchange: Mapping[str, Traffic] | None = None,
 ) -> Communication:
     """What one rank sends, if it uses every unit once per micro-batch and gradients flow from the last unit to the
     first that is trainable."""
@@ -86,6 +85,7 @@ def communication(
         step=step,
         accumulation=accumulation,
         no_sync=no_sync,
+        exchange=exchange or {},
     )
 
 

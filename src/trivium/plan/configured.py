@@ -45,13 +45,14 @@ def setting_of(config: TrainConfig, ranks: int, rank: int = 0) -> Setting:
         dtype=DTYPES[config.model.dtype],
         batch=Batch(rows=train.micro_batch, sequence=config.data.sequence, recompute=train.recompute, documents=True),
         accumulation=train.accumulation_for(ranks),
+        ep=config.mesh.ep,
     )
 
 
 def plan_run(config: TrainConfig, decoder: DecoderConfig, ranks: int, rank: int = 0) -> Plan:
     """The plan of one rank of a run whose model is ``decoder``."""
     setting = setting_of(config, ranks, rank)
-    return forecast(inventory_of(decoder, setting.dtype), setting, decoder)
+    return forecast(inventory_of(decoder, setting.dtype, ep=setting.ep, rank=rank), setting, decoder)
 
 
 def _vocabulary(config: TrainConfig) -> int:

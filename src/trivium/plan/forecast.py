@@ -14,8 +14,10 @@ import torch
 
 from trivium.base.errors import ConfigError
 from trivium.models import DecoderConfig, build
+from trivium.plan import experts
 from trivium.plan.activations import Batch, activations
 from trivium.plan.communication import Communication, communication
+from trivium.plan.experts import keep_own
 from trivium.plan.inventory import Inventory, cut, take
 from trivium.plan.memory import ADAMW_COPIES, NO_ACTIVATIONS, Memory, memory
 from trivium.zero.placement import ZeroConfig
@@ -36,6 +38,7 @@ class Setting:
     accumulation: int = 1
     no_sync: bool = False
     rank: int = 0
+    ep: int | tuple[int, ...] = 1
 
     def __post_init__(self) -> None:
         for name, value in (("ranks", self.ranks), ("accumulation", self.accumulation)):
@@ -88,14 +91,24 @@ class Plan:
                 "per_step": traffic.per_step.sent_bytes,
                 "by_phase": {phase: sent.sent_bytes for phase, sent in traffic.by_phase.items()},
             },
+            "ep": setting.ep if isinstance(setting.ep, int) else list(setting.ep),
             "calls": {phase: sent.calls for phase, sent in traffic.by_phase.items()},
             "volume_psi": round(self.volume, 4),
         }
 
 
-def inventory_of(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> Inventory:
-    """The decoder's inventory, from a build on the meta device."""
-    return take(build(config, device="meta", dtype=dtype))
+def inventory_of(
+    config: DecoderConfig,
+    dtype: torch.dtype = torch.float32,
+    *,
+    ep: int | tuple[int, ...] = 1,
+    rank: int = 0,
+) -> Inventory:
+    """The decoder's inventory, from a build on the meta device; with ``ep`` above 1 as ``rank`` would hold it."""
+    model = build(config, device="meta", dtype=dtype)
+    if config.moe is not None:
+        keep_own(model, ep, rank)
+    return replace(take(model), whole=config.num_parameters(), ep=ep)
 
 
 def forecast(
@@ -108,9 +121,13 @@ def forecast(
 ) -> Plan:
     """Plan ``inventory`` under ``setting``; with a decoder's ``config`` activations are counted too.
 
-    The inventory's own dtypes count for what is stored; ``axes`` adds the sizes of axes other than dp.
+    The inventory's own dtypes count for what is stored; ``axes`` adds the sizes of axes other than dp. With experts on
+    several ranks the inventory must have been taken for the setting's ``ep``, and rank.
     """
-    units = cut(inventory, setting.zero, {"dp": setting.ranks, **(axes or {})})
+    if inventory.ep != setting.ep:
+        raise ConfigError(f"the inventory was taken for ep={inventory.ep}, the setting has ep={setting.ep}")
+    known = experts.axes(config, setting.ep, setting.ranks)
+    units = cut(inventory, setting.zero, {**known, **(axes or {})})
     return Plan(
         setting=setting,
         num_parameters=inventory.num_parameters,
@@ -121,8 +138,16 @@ def forecast(
             accumulation=setting.accumulation,
             no_sync=setting.no_sync,
             optimizer_copies=optimizer_copies,
-            activations=NO_ACTIVATIONS if config is None else activations(config, setting.batch, setting.dtype),
+            activations=NO_ACTIVATIONS
+            if config is None
+            else activations(config, setting.batch, setting.dtype, experts.degrees(config, setting.ep)),
             module_buffers=inventory.module_buffer_bytes,
         ),
-        communication=communication(units, setting.zero, accumulation=setting.accumulation, no_sync=setting.no_sync),
+        communication=communication(
+            units,
+            setting.zero,
+            accumulation=setting.accumulation,
+            no_sync=setting.no_sync,
+            exchange=experts.exchange(config, setting.ep, setting.batch, setting.dtype),
+        ),
     )

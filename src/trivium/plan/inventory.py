@@ -22,6 +22,7 @@ class Inventory:
     """A model's units before anything is cut; the same for every stage and number of ranks.
 
     ``numels`` holds the elements of each parameter by name, ``keep`` the units that stay gathered until backward.
+    ``whole`` is Ψ where experts on other ranks are not in here; ``ep`` the degrees that it was taken for.
     """
 
     specs: tuple[UnitSpec, ...]
@@ -29,11 +30,13 @@ class Inventory:
     keep: frozenset[str]
     module_buffer_bytes: int
     tied: frozenset[str] = field(default=frozenset())
+    whole: int | None = None
+    ep: int | tuple[int, ...] = 1
 
     @cached_property
     def num_parameters(self) -> int:
         """Ψ: all parameters, tied ones once."""
-        return sum(self.numels.values())
+        return sum(self.numels.values()) if self.whole is None else self.whole
 
     @cached_property
     def num_trainable(self) -> int:
@@ -77,7 +80,7 @@ def take(model: nn.Module, *, units: Units = "auto", owner: Mapping[int, tuple[i
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedFlat:
-    """One flat buffer: its parameters and their cut over ``world`` ranks of ``axis``."""
+    """One flat buffer: its parameters and their cut over ``world`` ranks of ``axis``, every ``stride``-th rank."""
 
     names: tuple[str, ...]
     layout: Layout
@@ -86,6 +89,7 @@ class PlannedFlat:
     optimized: bool
     axis: str
     world: int
+    stride: int = 1
 
     @property
     def low_precision(self) -> bool:
@@ -105,7 +109,7 @@ class PlannedFlat:
         """Elements of parameters (no padding) that ``rank`` holds: all, or what lies in its shard."""
         if not sharded:
             return sum(self.layout.numels)
-        shard = rank % self.layout.num_shards
+        shard = rank // self.stride % self.layout.num_shards
         found = (self.layout.overlap(index, shard) for index in range(len(self.layout.numels)))
         return sum(overlap.length for overlap in found if overlap is not None)
 
@@ -159,4 +163,5 @@ def _flat(
         optimized=key.optimizer is not None,
         axis=key.axis,
         world=world,
+        stride=max(1, axes.get("dp", world) // world),
     )

@@ -1,6 +1,7 @@
 """Plan beside measured: one row per category, and whether they agree.
 
-States and buffers are the runtime's own arithmetic (within 1 %); the whole holds an estimate of activations (10 %).
+States and buffers are the runtime's own arithmetic (within 1 %); the whole holds an estimate of activations (10 %), and
+rows for experts are those of an even router (25 %).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from trivium.plan.forecast import Plan
 
 EXACT = 0.01
 WHOLE = 0.10
+UNEVEN = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,8 @@ class Compared:
 
 def compare(plan: Plan, measured: Mapping[str, int]) -> list[Compared]:
     """Rows for what was measured. Keys: the meter's labels (``parameters`` … ``sums``, ``gathered`` as a peak),
-    ``total``, and ``sent`` (payload bytes of one optimizer step); others are left out."""
+    ``total``, ``sent`` (payload bytes of one optimizer step but for rows to experts) and ``exchanged`` (those, which
+    depend on what the router chooses); others are left out."""
     memory = plan.memory
     states = ("parameters", "gradients", "optimizer")
     rows = [
@@ -57,8 +60,11 @@ def compare(plan: Plan, measured: Mapping[str, int]) -> list[Compared]:
             Compared(name="gathered", planned=memory.gathered, measured=measured["gathered"], tolerance=0.0, bound=True)
         )
     if "sent" in measured:
-        sent = plan.communication.per_step.sent_bytes
+        sent = plan.communication.states_per_step.sent_bytes
         rows.append(Compared(name="sent", planned=sent, measured=measured["sent"], tolerance=EXACT))
+    if "exchanged" in measured:
+        even = plan.communication.per_step.sent_bytes - plan.communication.states_per_step.sent_bytes
+        rows.append(Compared(name="exchanged", planned=even, measured=measured["exchanged"], tolerance=UNEVEN))
     if "total" in measured:
         rows.append(Compared(name="total", planned=memory.total, measured=measured["total"], tolerance=WHOLE))
     return rows

@@ -44,8 +44,10 @@ def options(
 
 
 def largest_preset(setting: Setting, memory_bytes: int) -> tuple[str, Plan] | None:
-    """The largest preset that fits under ``setting`` (its sequence cut to the preset's positions); None: not one."""
-    for name, config in sorted(PRESETS.items(), key=lambda item: -item[1].num_parameters()):
+    """The largest dense preset that fits under ``setting`` (its sequence cut to its positions); None: not one."""
+    setting = replace(setting, ep=1)
+    dense = [(name, config) for name, config in PRESETS.items() if config.moe is None]
+    for name, config in sorted(dense, key=lambda item: -item[1].num_parameters()):
         batch = replace(setting.batch, sequence=min(setting.batch.sequence, config.max_positions))
         lower = config.num_parameters() * setting.dtype.itemsize // setting.ranks
         if lower > memory_bytes:

@@ -36,7 +36,7 @@ from trivium.train.objective import Objective
 from trivium.train.progress import Display
 from trivium.train.report import Planned
 from trivium.train.report import write as write_report
-from trivium.train.router import TaskChoices, task_choices
+from trivium.train.router import EXCHANGE_PHASES, TaskChoices, task_choices
 from trivium.train.saving import Progress
 from trivium.train.step import Stepper, StepResult
 from trivium.train.stop import Stop, signals
@@ -276,10 +276,14 @@ class _Run:
 
     def _beside_plan(self) -> tuple[Planned, ...]:
         """What rank 0 was forecast to hold and send, beside what it did."""
-        sent = [row["payload_bytes"] for row in self.recorder.rows if row["kind"] == "step"]
-        if not self.leads or self._plan is None or not sent:
+        steps = [row for row in self.recorder.rows if row["kind"] == "step"]
+        if not self.leads or self._plan is None or not steps:
             return ()
+        away = [sum(row["sent_by_phase"].get(phase, 0) for phase in EXCHANGE_PHASES) for row in steps]
+        sent = [row["payload_bytes"] - rows for row, rows in zip(steps, away, strict=True)]
         measured = {**zero.meter_of(self.parts.model).by_label(peak=True), "sent": sorted(sent)[len(sent) // 2]}
+        if any(away):
+            measured["exchanged"] = sorted(away)[len(away) // 2]
         if self._watched is not None:
             measured["total"] = self._watched.num_bytes + self._held
         return tuple(self._plan(self.config, self.parts.decoder, self.mesh.data_size, measured))

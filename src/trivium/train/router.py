@@ -16,6 +16,8 @@ from trivium.moe import Aux, Gate, Tally
 from trivium.train.data import Tokenizer
 from trivium.train.tasks import TaskConfig, held_out_examples
 
+# The ledger's phases of rows on their way to experts and back, and of the counts that are agreed before.
+EXCHANGE_PHASES = ("dispatch.counts", "dispatch", "combine", "dispatch.backward", "combine.backward")
 # Task → layer (as a word, as JSON has it) → choices of each expert.
 TaskChoices = Mapping[str, Mapping[str, Sequence[int]]]
 
