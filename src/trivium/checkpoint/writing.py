@@ -67,9 +67,10 @@ def save(
     if keep_last is not None and keep_last < 2:
         raise ConfigError(f"keep_last={keep_last}: expected 2 or more, so that one good checkpoint is always left")
     peers = peers_of(mesh)
-    shard = together(
-        peers, "collecting what to save", lambda: _collect(layout_of(model, optimizer, rank=peers.rank), peers)
-    )
+    layout = together(peers, "collecting what to save", lambda: layout_of(model, optimizer, rank=peers.rank))
+    told = peers.all_gather_json([*layout.buffers, *layout.module_states])
+    before = {name for names in told[: peers.rank] for name in names}
+    shard = together(peers, "collecting what to save", lambda: _collect(layout, peers, before))
     return write(folder, shard, extra=extra, peers=peers, keep_last=keep_last, overwrite=overwrite)
 
 
@@ -126,8 +127,11 @@ def _open(peers: Peers, stack: contextlib.ExitStack, target: Path, run: str, num
     return target.with_name(f"{target.name}.tmp-{run}")
 
 
-def _collect(layout: Layout, peers: Peers) -> Shard:
-    """The tensors that this rank writes, and what it tells rank 0 about them."""
+def _collect(layout: Layout, peers: Peers, before: set[str]) -> Shard:
+    """The tensors that this rank writes, and what it tells rank 0 about them.
+
+    Buffers and extra states are written by the first rank that has them; ``before`` are those of the ranks before.
+    """
     slots: list[Slot] = []
     tensors: list[torch.Tensor] = []
 
@@ -162,13 +166,14 @@ def _collect(layout: Layout, peers: Peers) -> Shard:
                 add(manifest.state_key(state, name), value, shape if kind == "range" else tuple(value.shape))
             told["states"][state] = manifest.state_body(record)
     buffers: dict[str, Any] = {}
-    if peers.rank == 0:
-        for name, buffer in layout.buffers.items():
+    for name, buffer in layout.buffers.items():
+        if name not in before:
             add(manifest.buffer_key(name), buffer, tuple(buffer.shape))
-            buffers[name] = {"dtype": dtype_name(buffer.dtype), "shape": list(buffer.shape), "rank": 0}
+            buffers[name] = {"dtype": dtype_name(buffer.dtype), "shape": list(buffer.shape), "rank": peers.rank}
     states = {
         name: strict_json.encode(module.get_extra_state(), f"extra state of module {name!r}")
         for name, module in layout.module_states.items()
+        if name not in before
     }
     report = {
         "parameters": parameters,
@@ -233,8 +238,12 @@ def _complete(
             versions={"trivium": __version__, "torch": str(torch.__version__)},
             files=tuple(files),
             parameters=_merge(reports),
-            buffers={name: manifest_reading.buffer_from(item, 1, name) for name, item in reports[0]["buffers"].items()},
-            module_states=reports[0]["module_states"],
+            buffers={
+                name: manifest_reading.buffer_from(item, len(reports), name)
+                for told in reports
+                for name, item in told["buffers"].items()
+            },
+            module_states={name: state for told in reports for name, state in told["module_states"].items()},
             groups=reports[0]["groups"],
             extra=strict_json.encode(extra, "extra"),
         )
