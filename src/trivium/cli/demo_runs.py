@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 RANKS = 2
@@ -57,19 +58,50 @@ def text(folder: Path) -> Mapping[str, Any]:
 
 
 def tasks(folder: Path) -> Mapping[str, Any]:
-    """A model that adds, reverses, sorts and finds the largest, to be asked inputs it has never seen."""
+    """A pyramid of residual experts, half of them on each rank, that adds, reverses, sorts and finds the largest."""
     return {
-        "run": str(folder / "task-model"),
-        "model": {"dim": 128, "layers": 4, "heads": 4, "ffn_dim": 352, "tied": True, "max_positions": 512},
+        **_task_run(folder / "task-teacher", steps=700),
+        "model": {**_TASK_MODEL, "layers": 4, "moe": {**_EXPERTS, "experts": [4, 8]}},
+        "mesh": {"ep": RANKS},
+    }
+
+
+def student(folder: Path) -> Mapping[str, Any]:
+    """One layer less, which begins as the teacher's and learns from it until that holds it back."""
+    return {
+        **_task_run(folder / "task-student", steps=450),
+        "model": {**_TASK_MODEL, "layers": 3, "moe": {**_EXPERTS, "experts": [4, 8], "layers": [1, 2]}},
+        "mesh": {"ep": RANKS},
+        "distill": {"teacher": str(folder / "task-teacher"), "stop": "auto", "check_every": 50, "check_batches": 4},
+    }
+
+
+def dense(folder: Path) -> Mapping[str, Any]:
+    """As many parameters for each token as the teacher, without experts."""
+    return {
+        **_task_run(folder / "task-dense", steps=700),
+        "model": {**_TASK_MODEL, "layers": 4},
+    }
+
+
+_TASK_MODEL = MappingProxyType({"dim": 128, "heads": 4, "ffn_dim": 352, "tied": True, "max_positions": 512})
+_EXPERTS = MappingProxyType({"ffn_dim": 176, "residual": "add"})
+
+
+def _task_run(folder: Path, steps: int) -> dict[str, Any]:
+    return {
+        "run": str(folder),
         "tasks": {},
         "data": {"sequence": 64},
         "optimizer": {"lr": 3e-3, "betas": (0.9, 0.98)},
         "schedule": {"kind": "wsd", "warmup_steps": 50, "min_ratio": 0.0, "decay_fraction": 0.4},
         "zero": {"stage": 3},
-        "train": {"steps": 950, "micro_batch": 16, "batch": 32, "validate_every": 0, "log_every": 100},
+        "train": {"steps": steps, "micro_batch": 16, "batch": 32, "validate_every": steps, "log_every": 50},
         "checkpoint": {"every": 0, "resume": "never"},
         "report": {
             "task_prompts": 300,
+            "score_every": 100,
+            "score_prompts": 20,
             "prompts": ("add 12+35>", "reverse qzkab>", "sort qzkab>", "max 31 7 92>"),
             "sample_tokens": 10,
         },

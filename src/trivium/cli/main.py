@@ -25,7 +25,7 @@ PIPE_CLOSED = 141
 
 # Verb, the module that registers it, and its line in `trivium --help`. A verb whose module is not there is not shown.
 VERBS: tuple[tuple[str, str, str], ...] = (
-    ("demo", "trivium.cli.demo", "See it all work on this machine: plan, same hashes, learning, answers, report."),
+    ("demo", "trivium.cli.demo", "See it all work on this machine: plan, same hashes, learning, experts, report."),
     ("train", "trivium.cli.train", "Train a language model from a configuration, alone or under torchrun."),
     ("plan", "trivium.cli.plan", "Say what a run would take in bytes and traffic before running it."),
     ("distill", "trivium.cli.distill", "Train a smaller student from a teacher, then on its own."),
