@@ -3,6 +3,7 @@ import { el, setText, svg } from "./dom.js";
 
 const LEVELS = 8;
 const WIDTH = 280;
+const FADE = 0.9; // per answer of the server, about one a second
 
 /** Load relative to an even share (1 = even) as one of the levels; twice that is the last level but one. */
 export function level(load, even) {
@@ -10,9 +11,27 @@ export function level(load, even) {
   return Math.min(LEVELS, 1 + Math.floor((load / even) * 3));
 }
 
+// A server may count since its start: then what was added lately is the load, and older tokens fade.
+class Recent {
+  #before = null;
+  #faded = [];
+
+  of(layers, shape) {
+    const same = this.#before?.shape === shape;
+    const added = layers.map((loads, row) => loads.map((load, i) => (same ? load - this.#before.layers[row][i] : 0)));
+    const counts = same && added.every((loads) => loads.every((load) => load >= 0));
+    this.#before = { shape, layers };
+    if (!counts) this.#faded = added.map((loads) => loads.map(() => 0));
+    else this.#faded = added.map((loads, row) => loads.map((load, i) => FADE * this.#faded[row][i] + load));
+    const moved = this.#faded.some((loads) => loads.some((load) => load > 0.01));
+    return moved ? this.#faded : layers;
+  }
+}
+
 export class ExpertPicture {
   #shape = "";
   #cells = [];
+  #recent = new Recent();
 
   constructor() {
     this.picture = svg("svg", { class: "experts-picture", role: "img", "aria-labelledby": "experts-words" });
@@ -26,8 +45,9 @@ export class ExpertPicture {
   show(experts) {
     this.element.hidden = experts === null;
     if (!experts) return;
-    const { layers, left } = experts;
-    const shape = layers.map((layer) => layer.length).join(",");
+    const shape = experts.layers.map((layer) => layer.length).join(",");
+    const layers = this.#recent.of(experts.layers, shape);
+    const { left } = experts;
     if (shape !== this.#shape) this.#build(layers, shape);
     let busiest = { share: 0 };
     layers.forEach((loads, row) => {

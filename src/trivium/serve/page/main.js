@@ -165,7 +165,7 @@ function onpulse(state, before) {
   pill.title = stateWords(seen)[1];
   const retry = button("Try now", { text: true, class: "quiet", onclick: () => pulse.now() });
   notice("gone", state === "gone" ? (navigator.onLine ? "The server cannot be reached. Trying again by itself." : "This device is offline.") : null, retry);
-  notice("loading", state === "loading" ? "The model is still loading. You can write already." : null);
+  notice("loading", state === "loading" ? `Not ready yet. ${pulse.words}` : null);
   if (state === "locked" && before !== "locked") needKey();
   if (state !== "locked" && before === "locked") notice("key", null);
   if (state === "gone") for (const run of chats.runs.values()) run.serverGone();

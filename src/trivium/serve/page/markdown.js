@@ -1,5 +1,6 @@
 // Shows Markdown that is still being written: what is finished is built once, only the open end is built again.
 import { BlockReader, cells } from "./blocks.js";
+import { coloured } from "./code.js";
 import { copyButton, el } from "./dom.js";
 import { inline } from "./inline.js";
 
@@ -59,9 +60,9 @@ function fillParagraph(node, closed) {
   SHOWN.set(node.dom, { text: shown, start });
 }
 
-function box(lines) {
+function box(lines, language) {
   // A box does not show the end of its last line, so an empty last line needs one more.
-  return el("span", { class: "lines" }, lines.join("\n") + (lines.at(-1) === "" ? "\n" : ""));
+  return el("span", { class: "lines" }, coloured(lines.join("\n"), language), lines.at(-1) === "" ? "\n" : null);
 }
 
 // Boxes that are full stay; the last one is written again. Lines that were taken back are in the last box only.
@@ -71,18 +72,18 @@ function fillCode(node, closed) {
   code.lastChild?.remove();
   const stable = closed ? node.lines.length : (node.steady ?? 0);
   for (; stable - node.full > CHUNK_LINES; node.full += CHUNK_LINES) {
-    code.append(box(node.lines.slice(node.full, node.full + CHUNK_LINES)));
+    code.append(box(node.lines.slice(node.full, node.full + CHUNK_LINES), node.language));
   }
-  code.append(box(node.lines.slice(node.full)));
+  code.append(box(node.lines.slice(node.full), node.language));
 }
 
 function fillTable(node) {
   const body = node.dom.firstChild.lastChild;
   const steady = Math.max(0, (node.steady ?? 1) - 1); // rows that cannot change any more
-  node.rows = Math.min(node.rows ?? 0, steady);
-  while (body.childNodes.length > node.rows) body.lastChild.remove();
-  for (let i = node.rows; i < node.lines.length - 1; i++) body.append(el("tr", null, row(node, node.lines[i + 1], "td")));
-  node.rows = node.lines.length - 1;
+  node.rows ??= 0;
+  for (; node.rows > (node.stableRows ?? 0); node.rows--) body.lastChild.remove();
+  for (; node.rows < node.lines.length - 1; node.rows++) body.append(el("tr", null, row(node, node.lines[node.rows + 1], "td")));
+  node.stableRows = Math.min(steady, node.rows);
 }
 
 function fill(node, closed) {
@@ -134,20 +135,29 @@ export class MarkdownView {
   // Brings the DOM of an open node up to its tree. `steady`: no half line is in the tree, so what is closed stays closed.
   sync(node, steady) {
     const { dom } = node;
-    node.skip ??= node.type === "item" && node.task !== null ? 1 : 0; // a task's box comes before its blocks
-    node.settled = Math.min(node.settled ?? 0, node.children.length);
+    node.settled ??= 0; // blocks that are shown for good
+    // Siblings are walked, never counted: browsers count a parent's children anew after each change.
+    const first = node.type === "item" && node.task !== null ? dom.firstChild.nextSibling : dom.firstChild;
+    let place = node.lastSettled ? node.lastSettled.nextSibling : first;
     for (let i = node.settled; i < node.children.length; i++) {
       const child = node.children[i];
-      const place = dom.childNodes[node.skip + i] ?? null;
       // At this place stands what shows this block, or what showed one that was taken back: a paragraph is used again.
       child.dom ??= child.type === "paragraph" && place?.nodeName === "P" ? place : BUILD[child.type](child);
-      if (place !== child.dom) dom.insertBefore(child.dom, place);
+      if (place === child.dom) place = place.nextSibling;
+      else dom.insertBefore(child.dom, place);
       if (steady) child.steady = child.lines.length;
       fill(child, steady && !child.open);
       if (CONTAINERS.has(child.type)) this.sync(child, steady);
-      if (steady && !child.open && i === node.settled) node.settled = i + 1;
+      if (steady && !child.open && i === node.settled) {
+        node.settled = i + 1;
+        node.lastSettled = child.dom;
+      }
     }
-    while (dom.childNodes.length > node.skip + node.children.length) dom.lastChild.remove();
+    while (place) {
+      const next = place.nextSibling;
+      place.remove();
+      place = next;
+    }
   }
 }
 

@@ -40,6 +40,7 @@ export class Pulse {
     this.onchange = onchange;
     this.state = "connecting";
     this.status = null;
+    this.words = ""; // what the server said of why it is not ready
     this.fast = false;
   }
 
@@ -76,6 +77,7 @@ export class Pulse {
   async #ask() {
     let state = "ready";
     let status = null;
+    this.words = "";
     try {
       if (this.#offered) status = readStatus(await this.client.status());
       else await this.client.ready();
@@ -86,6 +88,7 @@ export class Pulse {
         return this.#ask();
       }
       state = { loading: "loading", auth: "locked", offline: "gone", server: "gone", busy: "ready" }[error.kind] ?? "gone";
+      this.words = error.message;
       this.#failures = state === "ready" ? 0 : this.#failures + 1;
       if (state === "loading") this.#failures = Math.min(this.#failures, 2);
     }

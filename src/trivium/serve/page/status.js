@@ -7,7 +7,7 @@ const WORDS = {
   connecting: ["Connecting", "The server has not answered yet."],
   ready: ["Ready", "The server answers."],
   busy: ["Busy", "The server is writing answers."],
-  loading: ["Loading", "The server is up, the model is not ready yet."],
+  loading: ["Not ready", "The server is up; it is loading or stopping."],
   gone: ["Not reachable", "The server does not answer. The page keeps trying."],
   locked: ["Key needed", "The server answers only with a key."],
 };
