@@ -141,7 +141,6 @@ def new_choice(
     sequence: Sequence,
     *,
     seed: int,
-    vocabulary: int,
     eos_ids: frozenset[int],
     decoder: Decoder | None,
     guesser: Guesser | None,
@@ -153,7 +152,7 @@ def new_choice(
     return Choice(
         request=request,
         sequence=sequence,
-        drawer=Drawer(params, seed=seed, choice=sequence.choice, prompt=prompt, vocabulary=vocabulary),
+        drawer=Drawer(params, seed=seed, choice=sequence.choice, prompt=prompt),
         end_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids),
         constraint=None if request.constraint is None else request.constraint.fork(),
         detokenizer=None if decoder is None else Detokenizer(decoder, prompt),

@@ -17,7 +17,7 @@ from trivium.inference.blocks import BlockError, BlockPool
 from trivium.inference.cache import PagedCache
 from trivium.inference.choice import Choice, new_choice
 from trivium.inference.request import Delta, Request, RequestError
-from trivium.inference.sampler import Draw, Drawn, logprobs, sample
+from trivium.inference.sampler import Draw, Drawn, logprobs_of, sample
 from trivium.inference.scheduler import Piece, Scheduler, Sequence
 from trivium.inference.speculate import Guesser, StepCost
 from trivium.inference.stats import Counters, EngineStats
@@ -125,7 +125,6 @@ class Engine:
                 request,
                 sequence,
                 seed=seed,
-                vocabulary=self.vocabulary,
                 eos_ids=self.eos_ids,
                 decoder=self.decoder,
                 guesser=Guesser(self._cost) if self._speculate else None,
@@ -326,4 +325,8 @@ class Engine:
             ]
             if targets:
                 wanted = output.logits[rows.first : rows.first + len(targets)]
-                choice.prompt_logprobs += logprobs(wanted, targets, [request.params.prompt_logprobs] * len(targets))
+                count = request.params.prompt_logprobs
+                rows_V = wanted.cpu().numpy()
+                choice.prompt_logprobs += [
+                    logprobs_of(row_V, token, count) for row_V, token in zip(rows_V, targets, strict=True)
+                ]

@@ -27,6 +27,7 @@ from trivium.inference.request import Collect, Collected, Delta, Request, Reques
 from trivium.inference.sizing import BLOCK_SIZE, cache_blocks
 from trivium.inference.stats import EngineStats
 from trivium.inference.thread import EngineThread
+from trivium.inference.tokenizer import Tokenizer
 from trivium.inference.weights import DType, load
 from trivium.kernels.program import Experts, Program
 from trivium.kernels.registry import executor, layout
@@ -84,7 +85,7 @@ class LLM:
             )
         else:
             self.model = load(path_or_model, dtype=dtype, quantize=quantize, layout=form, max_positions=max_positions)
-        self.tokenizer: Any = None
+        self.tokenizer = None if self.model.tokenizer is None else Tokenizer.load(self.model.tokenizer)
         self.meter = Meter()
         self.meter.add("weights", self.model.weight_bytes, "host" if self.device == "cpu" else "device")
         config = EngineConfig(
@@ -131,8 +132,7 @@ class LLM:
             return list(prompt)
         if self.tokenizer is None:
             raise RequestError(f"{self.name} has no tokenizer: give token ids instead of text", param="prompt")
-        tokens: list[int] = self.tokenizer.encode(prompt)
-        return tokens
+        return self.tokenizer.encode(prompt)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
