@@ -41,9 +41,13 @@ class Readable(Protocol):
         """One as floats."""
 
 
+def _precise(name: str) -> bool:
+    return name.endswith(_PRECISE) or name.startswith("identity.")
+
+
 def format_of(name: str, dtype: torch.dtype, quantize: Quantize) -> tuple[Format, int]:
     """Format and group of the matrix called ``name``; the head stays at 8 bits where the rest has 4."""
-    if name.endswith(_PRECISE) or name.startswith("identity."):
+    if _precise(name):
         return "float32", 0
     if quantize is None:
         return _NAMES[dtype], 0
@@ -57,7 +61,7 @@ def format_of(name: str, dtype: torch.dtype, quantize: Quantize) -> tuple[Format
 class Packer:
     """``get`` and ``pack`` for `compile_program`: reads tensors, packs matrices, counts their bytes.
 
-    ``keep_packed``: weights that are stored as int4 stay so unless ``quantize`` says otherwise.
+    ``keep_packed``: weights that are stored as whole numbers stay so unless ``quantize`` says otherwise.
     """
 
     def __init__(
@@ -80,7 +84,7 @@ class Packer:
         """``weight`` as the kernel reads it."""
         pieces, self._read = self._read, []
         format, group = format_of(name, self._dtype, self._quantize)
-        matrix = self._stored(pieces, weight, format)
+        matrix = None if _precise(name) else self._stored(pieces, weight, format)
         if matrix is None:
             try:
                 matrix = pack(weight, format, group=group)
@@ -92,17 +96,20 @@ class Packer:
 
     def _stored(self, pieces: list[str], weight: torch.Tensor, format: Format) -> Matrix | None:
         """The stored whole numbers and scales of ``pieces``, where they are exactly ``weight`` in the right format."""
-        if format == "float32" or not pieces:
-            return None
-        source, found = self._opened.source, []
-        for piece in pieces:
+        source = self._opened.source
+        found: list[Matrix] = []
+        for piece in reversed(pieces):  # a weight's parts are what was read last
             part = self._opened.parts.get(piece)
             matrix = None if part is None else source.packed(part.name, part.expert)
             if part is None or matrix is None:
                 return None
-            found.append(_rows(matrix, part))
+            found.insert(0, _rows(matrix, part))
+            if sum(one.rows for one in found) >= weight.shape[0]:
+                break
+        if not found:
+            return None
         first = found[0]
-        kept = first.format == format or (self._quantize is None and self._keep_packed and first.format == "int4")
+        kept = first.format == format or (self._quantize is None and self._keep_packed)
         if not kept or any((one.format, one.group) != (first.format, first.group) for one in found):
             return None
         if any((one.zeros is None) != (first.zeros is None) for one in found):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +25,13 @@ from trivium.inference.program_builder import Slot
 from trivium.inference.resolve import resolve
 from trivium.inference.source import Source, open_checkpoint, open_safetensors
 from trivium.inference.storage import unquantised
+from trivium.inference.stored_int4 import GptqSource
+from trivium.inference.stored_packed import PackedSource
 from trivium.kernels.matrix import Layout
 from trivium.kernels.program import Program
 from trivium.models import DecoderConfig
 from trivium.models.architecture import Architecture
-from trivium.models.families import Part, Settings, known_family
+from trivium.models.families import Part, Settings, canonical_names, known_family
 from trivium.models.families.trivium import TRIVIUM, decoder_architecture
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -85,10 +87,10 @@ def load(
 ) -> LoadedModel:
     """Load a Hugging Face folder, a Trivium checkpoint, or a run's folder (its newest checkpoint).
 
-    ``dtype`` "auto" keeps the stored one (and GPTQ's or AWQ's int4); ``quantize`` packs the projections. ``layout`` is
-    what `kernels.registry.layout` says. ``max_positions`` bounds sequences (and the tables made for them); a number
-    above the default is for positions scaled by length ("longrope", "dynamic"): all positions are then scaled as for a
-    sequence of that length.
+    ``dtype`` "auto" keeps the stored one (and the int4 of GPTQ, AWQ and `write_quantized`); ``quantize`` packs the
+    projections, exactly what is stored where MXFP4 becomes int8. ``layout`` is what `kernels.registry.layout` says.
+    ``max_positions`` bounds sequences (and the tables made for them); a number above the default is for positions
+    scaled by length ("longrope", "dynamic"): all positions are then scaled as for a sequence of that length.
 
     Raises:
         ConfigError: an unknown family, config key value or quantisation; the message says which are known.
@@ -100,7 +102,8 @@ def load(
         model = opened.architecture
         positions = sequence_limit(model, max_positions)
         stored = opened.source.dtype if dtype == "auto" else _DTYPES[dtype]
-        packer = Packer(opened, dtype=stored, quantize=quantize, keep_packed=dtype == "auto", layout=layout)
+        keep = dtype == "auto" and isinstance(opened.source, (GptqSource, PackedSource))
+        packer = Packer(opened, dtype=stored, quantize=quantize, keep_packed=keep, layout=layout)
         slots: list[Slot] = []
         program = compile_program(model, packer.get, pack=packer.pack, max_positions=positions, slots=slots)
         folder = opened.path
@@ -146,6 +149,8 @@ def open_model(path: str | Path) -> Iterator[Opened]:
     model = family.read(Settings(config, f"{folder} ({family.name})"))
     with open_safetensors(folder) as plain:
         source = unquantised(folder, plain, config, model)
+        if isinstance(source, PackedSource):
+            family = replace(family, names=canonical_names, base="", head="head.weight", dropped=())
         spare = config.get("num_nextn_predict_layers")
         parts = resolve(folder, family, model, source.shapes, spare if isinstance(spare, int) else 0)
         yield Opened(path=folder, architecture=model, source=source, parts=parts, config=config)
@@ -157,8 +162,8 @@ def _own_architecture(folder: Path) -> Architecture:
     told = extra.get("model") if isinstance(extra, dict) else None
     if not isinstance(told, dict):
         raise CheckpointError(
-            f"{folder} does not say what model it holds (extra['model'] is missing): checkpoints of trivium train have it, "
-            "and of checkpoint.save with extra={'model': …}"
+            f"{folder} does not say what model it holds (extra['model'] is missing): checkpoints of trivium train "
+            "have it, and those of checkpoint.save with extra={'model': …}"
         )
     return decoder_architecture(configs.build(DecoderConfig, told, f"{folder}: extra.model"))
 

@@ -118,6 +118,17 @@ def _numbers(name: str) -> tuple[int, int, str]:
     return int(layer or 0), int(expert or 0), (experts or "") + rest
 
 
+def canonical_names(model: Architecture) -> Names:
+    """The map of folders that keep canonical names."""
+    found: dict[str, Part | tuple[Part, ...]] = {}
+    for name in tensors(model):
+        _, _, key = _numbers(name)
+        at = "layers.{layer}." if name.startswith("layers.") else ""
+        inner = key.replace("experts.", "experts.{expert}.", 1) if key.startswith("experts.") else key
+        found[key] = Part(name=at + inner)
+    return found
+
+
 def fused(name: str, *lengths: int, groups: int = 1, transposed: bool = False) -> tuple[Part, ...]:
     """Consecutive parts, of these ``lengths``, of each group of rows of one stored tensor."""
     parts, start = [], 0

@@ -23,6 +23,7 @@ from trivium.models.families.olmo import OLMO2, OLMOE
 from trivium.models.families.opt import OPT
 from trivium.models.families.phi3 import PHI3
 from trivium.models.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from trivium.models.families.trivium import TRIVIUM
 
 KNOWN: tuple[Family, ...] = (
     BLOOM,
@@ -46,6 +47,7 @@ KNOWN: tuple[Family, ...] = (
     QWEN2_MOE,
     QWEN3,
     QWEN3_MOE,
+    TRIVIUM,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trivium.base import config as configs
 from trivium.models.architecture import Architecture, Attention, Layer, Mlp, Moe, Norm, Rope
 from trivium.models.config import DecoderConfig
 from trivium.models.families.family import Family, Names, Part
@@ -98,7 +99,18 @@ def _names(model: Architecture) -> Names:
 
 
 def _read(settings: Settings) -> Architecture:
-    raise settings.wrong("model_type", "trivium", "a checkpoint's own description: extra['model']")
+    told = settings.part("model")
+    if told is None:
+        raise settings.wrong("model", None, "the decoder's config")
+    return decoder_architecture(configs.build(DecoderConfig, dict(told.values), f"{settings.what}, model"))
 
 
-TRIVIUM = Family(name="trivium", architectures=(), read=_read, names=_names, base="", head="head.weight", dropped=())
+TRIVIUM = Family(
+    name="trivium",
+    architectures=("TriviumDecoder",),
+    read=_read,
+    names=_names,
+    base="",
+    head="head.weight",
+    dropped=(),
+)
