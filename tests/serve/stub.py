@@ -84,7 +84,7 @@ class StubEngine:
         self.prefill_s = 0.0
         self.submitted = 0
         self.cancelled: list[str] = []
-        self.freed_s: dict[str, float] = {}
+        self.cancels: dict[str, float] = {}
         self._wake = threading.Condition()
         self._queue: list[tuple[_Choice, Callable[[Delta], None]]] = []
         self._running: list[tuple[_Choice, Callable[[Delta], None]]] = []
@@ -122,6 +122,7 @@ class StubEngine:
     def cancel(self, request_id: str) -> None:
         with self._wake:
             self.cancelled.append(request_id)
+            self.cancels[request_id] = time.monotonic()
             self._wake.notify()
 
     def close(self, drain_s: float = 0) -> None:
@@ -165,7 +166,6 @@ class StubEngine:
                     for entry in [entry for entry in place if entry[0].request.request_id == request_id]:
                         place.remove(entry)
                         out.append((entry[1], self._delta(entry[0], "", [], "abort")))
-                self.freed_s[request_id] = time.monotonic()
             self.cancelled.clear()
             while self._queue and len(self._running) < self.slots:
                 self._running.append(self._queue.pop(0))

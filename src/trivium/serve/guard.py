@@ -45,7 +45,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._head_count = 0
         self._body_bytes = 0
-        self._refused = False
+        self._refused = self._declining = False
+        self._asked = b""
         self._drained_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -99,15 +100,31 @@ class GuardedProtocol(HttpToolsProtocol):
         in_head = self._reading_head
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            # A body before an upgrade has been read; the upgrade itself is not taken, and nothing may follow.
-            if self.cycle is not None:
-                self.cycle.keep_alive = False
+        except httptools.HttpParserUpgrade as upgrade:
+            self._decline_upgrade(data[upgrade.args[0] :])
+            return
         except httptools.HttpParserError as error:
             if not self._refused:
                 self._refuse(ApiError(400, "invalid_http", f"not a valid HTTP/1.1 request: {error}"))
         if in_head and self._reading_head:
             self._head_bytes += size
+
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """Read the request again without its wish for another protocol: a server may go on as if there were none."""
+        self._declining = False
+        if self._refused:
+            return
+        if self._asked == b"CONNECT":
+            self._refuse(ApiError(400, "invalid_http", "this is no proxy"))
+            return
+        hop = (b"connection", b"upgrade", b"http2-settings")
+        lines = [name + b": " + value for name, value in self.headers if name not in hop]
+        if any(name == b"connection" and b"close" in value.lower() for name, value in self.headers):
+            lines.append(b"connection: close")
+        self.parser = httptools.HttpRequestParser(self)
+        self._feed(b"\r\n".join([self._asked + b" " + self.url + b" HTTP/1.1", *lines, b"", b""]), 0)
+        if rest and not self._refused:
+            self._feed(rest, len(rest))
 
     def on_message_begin(self) -> None:
         """A request's first byte."""
@@ -129,6 +146,9 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Check what the head says of the body, then hand the request to the application."""
+        if self.parser.should_upgrade():
+            self._declining, self._asked = True, self.parser.get_method()
+            return
         self._reading_head = False
         self._head_bytes = self._body_bytes = 0
         if self._refused:
@@ -164,7 +184,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Count the body."""
-        if self._refused or self.cycle is None:
+        if self._refused or self._declining or self.cycle is None:
             return
         self._body_bytes += len(body)
         if self._body_bytes > self.limits.body_bytes:
@@ -174,6 +194,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """A request is whole."""
+        if self._declining:
+            return
         self._reading_head = True
         self._head_bytes = 0
         self._set_deadline(None)

@@ -13,8 +13,8 @@ from trivium.serve.errors import ApiError
 from trivium.serve.exchange import Exchange
 from trivium.serve.service import Service
 
-_FRESH_S = 0.5
-_PROBE_S = 1.4
+_FRESH_S = 0.4
+_PROBE_S = 1.2
 _RATE_S = 5.0
 
 

@@ -33,7 +33,7 @@ from trivium.serve.served import Served
 from trivium.serve.service import Service
 
 _TICK_S = 0.1
-_FAREWELL_S = 1.0  # how long an engine's death can still be read at /readyz
+_FAREWELL_S = 2.0  # how long an engine's death can still be read at /readyz
 _ABORT_S = 2.0
 _CLOSE_S = 2.0
 # Threads share the interpreter in turns of this length; Python's own 5 ms would be felt in every step.

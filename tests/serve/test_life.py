@@ -1,0 +1,342 @@
+"""Loading, full, stopping, dying (H18 to H23, H30)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from tests.serve.process import Spawner
+from tests.serve.running import Answer, Running, eventually, read_all, running
+from tests.serve.stub import StubEngine, served
+from tests.serve.test_connections import chat_bytes, connect
+from trivium.base.errors import CheckpointError, ConfigError
+from trivium.serve.limits import Limits
+from trivium.serve.server import Server, ServerConfig
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@contextmanager
+def streams(server: Running, count: int, **more: Any) -> Iterator[list[socket.socket]]:
+    """Open streams that have had a first token or wait for one."""
+    socks = [connect(server) for _ in range(count)]
+    try:
+        for sock in socks:
+            sock.sendall(chat_bytes(stream=True, **more))
+        yield socks
+    finally:
+        for sock in socks:
+            sock.close()
+
+
+def test_the_first_beyond_the_queue_is_refused_fast() -> None:  # H18, P8
+    engine = StubEngine(step_s=0.05, slots=2)
+    with running(engine, limits=Limits(queue=64, drain_s=0)) as server, streams(server, 66):
+        eventually(lambda: engine.stats.waiting == 64)
+        times = []
+        for _ in range(10):
+            started = time.monotonic()
+            answer = server.chat()
+            times.append(time.monotonic() - started)
+            assert (answer.status, answer.error["code"]) == (429, "queue_full")
+            assert int(answer.headers["retry-after"]) >= 1
+        assert statistics.median(times) < 0.02
+        assert engine.stats.waiting == 64
+        assert server.gauge('trivium_requests_rejected_total{reason="queue"}') == 10
+
+
+def test_choices_count_in_the_queue() -> None:
+    engine = StubEngine(step_s=0.05, slots=2)
+    with running(engine, limits=Limits(queue=4, drain_s=0)) as server, streams(server, 1, n=4):
+        eventually(lambda: engine.stats.running == 2)
+        assert server.chat(n=3).status == 429
+        with streams(server, 1, n=2):
+            eventually(lambda: engine.stats.waiting == 4)
+            assert server.chat().status == 429
+        eventually(lambda: engine.stats.waiting == 2)
+
+
+def test_one_key_cannot_take_all_places() -> None:  # H19
+    engine = StubEngine(step_s=0.005, slots=8)
+    keys = ("key-of-the-flood", "key-of-the-other")
+    with running(engine, keys=keys, limits=Limits(per_key=4, drain_s=0)) as server:
+        other = {"Authorization": f"Bearer {keys[1]}"}
+        body = {"model": "stub", "prompt": "x", "max_tokens": 10}
+
+        def timed() -> float:
+            started = time.monotonic()
+            assert server.post("/v1/completions", body, other).status == 200
+            return time.monotonic() - started
+
+        quiet = [timed() for _ in range(15)]
+        stop = threading.Event()
+        statuses: list[int] = []
+
+        def flood() -> None:
+            while not stop.is_set():
+                answer = server.post(
+                    "/v1/completions", body | {"max_tokens": 40}, {"Authorization": f"Bearer {keys[0]}"}
+                )
+                statuses.append(answer.status)
+                time.sleep(0.01)
+
+        with ThreadPoolExecutor(12) as pool:
+            for _ in range(12):
+                pool.submit(flood)
+            time.sleep(0.3)
+            busy = [timed() for _ in range(15)]
+            stop.set()
+        assert set(statuses) == {200, 429}
+        assert statistics.median(busy) <= 2 * statistics.median(quiet) + 0.05
+
+
+def test_while_the_model_loads() -> None:  # H20
+    engine = StubEngine()
+    go = threading.Event()
+
+    def load() -> Any:
+        go.wait(20)
+        return served(engine)
+
+    with running(engine, load=load, wait=False) as server:
+        assert server.get("/livez").status == 200
+        for path in ("/readyz", "/v1/status"):
+            assert server.get(path).status == 503
+        answer = server.chat()
+        assert (answer.status, answer.error["type"], answer.error["code"]) == (
+            503,
+            "unavailable_error",
+            "model_loading",
+        )
+        assert server.get("/v1/models").json()["data"][0]["id"] == "stub"
+        assert server.gauge("trivium_ready") == 0
+        go.set()
+        eventually(lambda: server.get("/readyz").status == 200)
+        assert server.chat().status == 200
+        assert server.gauge("trivium_ready") == 1
+
+
+def test_a_model_that_cannot_be_loaded() -> None:
+    def load() -> Any:
+        raise CheckpointError("model.safetensors is short of 17 bytes")
+
+    with pytest.raises(CheckpointError, match="17 bytes"):
+        Server(ServerConfig(name="x", port=0), load).run(signals=False)
+
+
+def test_ready_only_where_tokens_come() -> None:  # P10
+    engine = StubEngine()
+    with running(engine) as server:
+        assert server.get("/readyz").status == 200
+        assert engine.submitted == 1  # nothing had been generated: it was tried
+        assert server.chat().status == 200
+        assert server.get("/readyz").status == 200
+        assert engine.submitted == 2  # a token had just come: that is proof
+        engine.slots = 0
+        time.sleep(0.6)
+        started = time.monotonic()
+        answer = server.get("/readyz")
+        assert (answer.status, answer.error["code"]) == (503, "no_token")
+        assert time.monotonic() - started < 2
+        engine.slots = 4
+        eventually(lambda: server.get("/readyz").status == 200)
+
+
+@pytest.mark.parametrize("how", ["dies", "wedges"])
+def test_the_engine_dies_or_stands_still(how: str) -> None:  # H21
+    engine = StubEngine(step_s=0.02)
+    with (
+        running(engine, limits=Limits(step_s=1.0)) as server,
+        streams(server, 2) as (first, second),
+        connect(server) as whole,
+    ):
+        whole.sendall(chat_bytes())
+        eventually(lambda: engine.stats.running == 3)
+        time.sleep(0.3)
+        (engine.die if how == "dies" else engine.wedge)()
+        assert eventually(lambda: server.get("/readyz").status == 503, 4) < 2
+        assert server.chat().status == 503
+        answer = Answer(read_all(whole))
+        assert answer.status == 503
+        assert answer.headers["x-request-id"] in answer.error["message"]
+        for sock in (first, second):
+            events = Answer(read_all(sock)).events()
+            assert events[-1]["error"]["code"] == "engine_stopped"
+            assert "req-" in events[-1]["error"]["message"]
+        eventually(lambda: server.code == 1, 6)
+
+
+def test_a_request_that_fails_in_the_engine_fails_alone(server: Running) -> None:
+    # A grammar whose failure shows only while it is used allows no token: a 400, and the engine lives.
+    answer = server.chat(regex="(" + "|".join("ab?" * 12 + str(i) for i in range(60)) + "){1,400}", max_tokens=50)
+    assert answer.status in (200, 400)
+    assert server.chat().status == 200
+
+
+def test_stopping_lets_streams_finish() -> None:  # H22
+    engine = StubEngine(step_s=0.02)
+    with running(engine, limits=Limits(drain_s=10)) as server, streams(server, 2, max_tokens=40) as socks:
+        eventually(lambda: engine.stats.running == 2)
+        with connect(server) as idle:
+            idle.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert idle.recv(4096)
+            server.server.stop()
+            time.sleep(0.15)
+            refused = server.chat()
+            assert (refused.status, refused.error["code"]) == (503, "shutting_down")
+            assert refused.headers["connection"] == "close"
+            assert server.get("/readyz").status == 503
+            idle.sendall(chat_bytes())
+            assert b" 503 " in idle.recv(4096)
+        for sock in socks:
+            events = Answer(read_all(sock)).events()
+            assert events[-1] == "[DONE]"
+            assert events[-2]["choices"][0]["finish_reason"] == "length"
+        eventually(lambda: server.code == 0)
+
+
+def test_what_does_not_finish_in_time_is_aborted() -> None:  # H22
+    engine = StubEngine(step_s=0.02)
+    with (
+        running(engine, limits=Limits(drain_s=0.3)) as server,
+        streams(server, 1, max_tokens=4000) as (sock,),
+        connect(server) as whole,
+    ):
+        whole.sendall(chat_bytes(max_tokens=4000))
+        eventually(lambda: engine.stats.running == 2)
+        server.server.stop()
+        events = Answer(read_all(sock)).events()
+        assert events[-2]["choices"][0]["finish_reason"] == "abort"
+        assert events[-1] == "[DONE]"
+        answer = Answer(read_all(whole))
+        assert answer.json()["choices"][0]["finish_reason"] == "abort"
+        eventually(lambda: server.code == 0, 4)
+
+
+@pytest.fixture(scope="module")
+def spawner() -> Iterator[Spawner]:
+    """Starts servers as processes of their own."""
+    found = Spawner()
+    yield found
+    found.close()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("signals", "streaming", "code", "within_s"),
+    [
+        ([signal.SIGTERM], False, 0, 1.5),
+        ([signal.SIGINT], False, 130, 1.5),
+        ([signal.SIGTERM], True, 0, 7.0),
+        ([signal.SIGTERM, signal.SIGTERM], True, 143, 1.5),
+    ],
+    ids=["idle", "ctrl-c", "streaming", "twice"],
+)
+def test_signals(
+    spawner: Spawner, signals: list[signal.Signals], streaming: bool, code: int, within_s: float
+) -> None:  # H22
+    pid, port = spawner.start()
+    with socket.create_connection(("127.0.0.1", port), timeout=15) as sock:
+        if streaming:
+            sock.sendall(chat_bytes(stream=True, max_tokens=100 if len(signals) == 1 else 4000))
+            assert b"200 OK" in sock.recv(100_000)
+        started = time.monotonic()
+        for number in signals:
+            os.kill(pid, number)
+            time.sleep(0.2)
+        if code != 143:
+            assert spawner.line() == "stopped"
+            assert time.monotonic() - started < within_s
+            if streaming:
+                assert b"[DONE]" in read_all(sock)
+        assert int(spawner.line()) == code
+        assert time.monotonic() - started < within_s + 1
+
+
+def test_a_port_that_is_taken() -> None:  # H23
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        port = sock.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} .* is taken by process {os.getpid()}") as caught:
+            Server(ServerConfig(name="x", port=port), lambda: pytest.fail("nothing is loaded"))
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"port": 65536}, "0 to 65535"),
+        ({"port": -1}, "0 to 65535"),
+        ({"host": "203.0.113.7", "keys": ("long-enough-key",)}, "not an address of this machine"),
+        ({"host": "no such host", "keys": ("long-enough-key",)}, "cannot be resolved"),
+    ],
+)
+def test_a_place_where_one_cannot_listen(config: dict[str, Any], said: str) -> None:  # H23
+    with pytest.raises(ConfigError, match=said):
+        Server(ServerConfig(**({"name": "x"} | config)), lambda: pytest.fail("nothing is loaded"))
+
+
+def test_a_privileged_port(monkeypatch: pytest.MonkeyPatch) -> None:  # H23: tests may run as root, who may do this
+    def refuse(self: socket.socket, address: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    with pytest.raises(ConfigError, match="port 80 is privileged; choose one above 1023"):
+        Server(ServerConfig(name="x", port=80), lambda: pytest.fail("nothing is loaded"))
+
+
+def test_metrics_stay_bounded(server: Running) -> None:  # H30
+    server.chat()
+
+    def series() -> int:
+        text = server.get("/metrics").body.decode()
+        return sum(not line.startswith("#") for line in text.splitlines())
+
+    server.get("/nothing")
+    server.chat(model="nope")
+    before = series()
+    for index in range(50):
+        server.chat(model=f"model-{index}", user=f"user-{index}")
+        server.chat(user=f"user-{index}", max_tokens=1)
+        server.get(f"/path-{index}")
+    assert series() == before
+
+
+def test_metrics_count_what_happened() -> None:  # H30
+    with running() as server:
+        server.chat(max_tokens=8)
+        server.chat(max_tokens=4, n=2, stream=True)
+        assert server.gauge("trivium_generation_tokens_total") == 16
+        assert server.gauge("trivium_prompt_tokens_total") == 10
+        assert server.gauge('trivium_request_success_total{finished_reason="length"}') == 3
+        assert server.gauge("trivium_time_to_first_token_seconds_count") == 3
+        assert server.gauge("trivium_inter_token_latency_seconds_count") == 13
+        assert server.gauge("trivium_num_requests_running") == 0
+        assert server.gauge('trivium_expert_tokens{expert="1",layer="0"}') == 5
+        text = server.get("/metrics").body.decode()
+        assert "trivium_kv_cache_usage_perc 0.0" in text
+
+
+def test_status_tells_of_work() -> None:
+    engine = StubEngine(step_s=0.02, slots=2)
+    with running(engine) as server, streams(server, 3):
+        eventually(lambda: engine.stats.waiting == 1)
+        time.sleep(0.5)
+        status = server.get("/v1/status").json()
+        assert (status["model"], status["running"], status["waiting"]) == ("stub", 2, 1)
+        assert 0 < status["cache_usage"] <= 1
+        assert 10 < status["tokens_per_s"] < 150
+        assert status["experts"] == [[3, 5], [8, 0]]
+        json.dumps(status, allow_nan=False)
