@@ -119,3 +119,15 @@ def resumed_agreement(mesh: Any, values: dict[str, Any]) -> float:
     parts = assemble(config, mesh, read_text(config, mesh))
     saving.resume(config, parts, mesh)
     return objective(config_of(values), parts, mesh, None).agreement()
+
+
+def let_go(mesh: Any, values: dict[str, Any]) -> tuple[list[Any], bool, bool]:
+    """What the stage told after two steps, and whether the teacher's weights were there before and are after."""
+    import weakref
+
+    distillation = begun(mesh, values)
+    assert distillation.teacher is not None
+    weight = weakref.ref(distillation.teacher.blocks[0].attention.q.weight)
+    before = weight() is not None
+    told = [distillation.after_step(done) for done in (1, 2, 3)]
+    return told, before, weight() is not None

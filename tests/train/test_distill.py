@@ -145,8 +145,18 @@ def test_a_student_distils_then_goes_on_alone(world: Worlds, school: Path) -> No
     assert all(row["divergence"] > 0 and row["aux_loss"] > 0 for row in steps[:4])
     told = [row for row in result["rows"] if row["kind"] == "objective"]
     assert [(row["step"], row["ended"], row["agreement"]) for row in told] == [(4, True, None)]
-    one = world(1).run(distill_cases.study, {**values, "run": str(school / "staged-one")})[0]
+    told_in_html = {**values, "run": str(school / "staged-one"), "report": {"html": True}}
+    one = world(1).run(distill_cases.study, told_in_html)[0]
     assert one["digest"] == result["digest"]
+    page = (school / "staged-one" / "report.html").read_text()
+    assert "Distillation" in page and "ended after step 4" in page
+
+
+def test_the_teacher_s_memory_is_given_back(world: Worlds, school: Path) -> None:
+    values = student(school, "freed", 6, distill={"stop": 2}, zero__stage=3)
+    for told, before, after in world(2).run(distill_cases.let_go, values):
+        assert told == [None, {"agreement": None, "ended": True}, None]
+        assert before and not after
 
 
 def test_resume_keeps_the_stage(world: Worlds, school: Path) -> None:

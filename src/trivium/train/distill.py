@@ -14,6 +14,7 @@ first check with a cosine of at most ``conflict`` for ``patience`` checks in suc
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,7 @@ class Distillation:
         ended = self.stage.after(done, agreement)
         if ended:
             self.teacher = None
+            gc.collect()  # a sharded model and its engine refer to each other
             if self.mesh.rank == 0:
                 why = "" if agreement is None else f": the gradients' cosine is {agreement:.3f}"
                 log.get().info("step %d: distillation ends%s; on with the cross-entropy alone", done, why)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trivium.base.units import format_bytes, format_count
-from trivium.train import report_router
+from trivium.train import report_distill, report_router
 
 FILE = "report.html"
 Row = Mapping[str, Any]
@@ -61,7 +61,7 @@ def page(rows: Sequence[Row], planned: Sequence[Planned] = ()) -> str:
             _section("Gradient norm", _plot(lambda axes: _norm(axes, steps), "norm")),
             _section("Memory of rank 0 by category, peak", _memory(steps[-1], planned)),
         ]
-    parts += [_routers(steps), _answers(end)]
+    parts += [_routers(steps), _teacher(rows), _answers(end)]
     parts.append(_section("Configuration", _table([(key, _value(value)) for key, value in _flat(config)])))
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_text(title)}</title>'
     return (
@@ -103,6 +103,12 @@ def _routers(steps: Sequence[Row]) -> str:
         return ""
     told = _table(report_router.summary(steps))
     return _section("Routers", told + "".join(_plot(draw, label) for label, draw in found))
+
+
+def _teacher(rows: Sequence[Row]) -> str:
+    told = report_distill.words(rows)
+    drawn = "".join(_plot(draw, label) for label, draw in report_distill.pictures(rows))
+    return _section("Distillation", f"<p>{_text(told)}</p>{drawn}") if told else ""
 
 
 def _answers(end: Row) -> str:
