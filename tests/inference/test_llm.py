@@ -85,7 +85,7 @@ def test_one_answer_per_request(make: Callable[..., LLM], moe: bool, entries: st
     alone = llm.generate(PROMPT, asked)[0]
     rows = llm.logits(PROMPT)
     each = block_bytes(llm.model.program.caches, entries, 16)  # type: ignore[arg-type]
-    chunked = make(model, cache_dtype=entries, step_tokens=9, max_sequences=8, memory=llm.model.weight_bytes + 5 * each)
+    chunked = make(model, cache_dtype=entries, step_tokens=9, max_sequences=8, memory=llm.weight_bytes + 5 * each)
     for batch in (2, 8, 32) if entries == "float32" else (8,):
         crowd = [[(7 * i + j) % 96 for j in range(3 + i % 17)] for i in range(batch - 1)]
         for one in (llm, chunked):
@@ -217,7 +217,7 @@ def test_embeddings(make: Callable[..., LLM]) -> None:
 
 def test_memory_bounds_weights_and_cache(make: Callable[..., LLM]) -> None:
     small = make(memory=10**9)
-    weights = small.model.weight_bytes
+    weights = small.weight_bytes
     tight = make(memory=weights + 20_000)
     assert tight.meter.live_bytes("cache", "host") <= 20_000
     assert tight.max_positions < small.max_positions == 160

@@ -8,8 +8,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from trivium.inference.outputs import Answer, Output
 from trivium.inference.packing import Quantize
 from trivium.inference.replace import Weights, replace_weights
 from trivium.inference.request import Collect, Collected, Delta, Request, RequestError, SamplingParams
-from trivium.inference.sizing import BLOCK_SIZE, cache_blocks
+from trivium.inference.sizing import BLOCK_SIZE, cache_blocks, program_bytes
 from trivium.inference.stats import EngineStats
 from trivium.inference.thread import EngineThread
 from trivium.inference.tokenizer import Tokenizer
@@ -87,7 +86,8 @@ class LLM:
             self.model = load(path_or_model, dtype=dtype, quantize=quantize, layout=form, max_positions=max_positions)
         self.tokenizer = None if self.model.tokenizer is None else Tokenizer.load(self.model.tokenizer)
         self.meter = Meter()
-        self.meter.add("weights", self.model.weight_bytes, "host" if self.device == "cpu" else "device")
+        self.weight_bytes = program_bytes(self.model.program)
+        self.meter.add("weights", self.weight_bytes, "host" if self.device == "cpu" else "device")
         config = EngineConfig(
             max_sequences=max_sequences, step_tokens=step_tokens, prefix_cache=prefix_cache, speculate=speculate
         )
@@ -146,19 +146,48 @@ class LLM:
         settings = list(params) if isinstance(params, Sequence) else [params or self.sampling()] * len(tokens)
         if len(settings) != len(tokens):
             raise ConfigError(f"{len(settings)} sampling params for {len(tokens)} prompts: give one, or one each")
-        return self._answer(
-            [
-                Request(request_id=self._next_id(), prompt_token_ids=prompt, params=one)
-                for prompt, one in zip(tokens, settings, strict=True)
-            ]
-        )
+        return self._answer([self._request(prompt, one) for prompt, one in zip(tokens, settings, strict=True)])
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """The answer's deltas as they come. Closing the iterator ends the request."""
-        request = Request(
-            request_id=self._next_id(), prompt_token_ids=self.encode(prompt), params=params or self.sampling()
-        )
-        return self._deltas([request])
+        return self._deltas([self._request(prompt, params or self.sampling())])
+
+    def generate_each(self, asked: Iterable[tuple[Prompt, SamplingParams | None]]) -> Iterator[tuple[int, Output]]:
+        """Answer any number of prompts, read as they are needed: (index, output) of each as it ends.
+
+        A prompt that cannot be served ends with the finish reason "error", and the others go on.
+        """
+        inbox: queue.SimpleQueue[Delta] = queue.SimpleQueue()
+        source = enumerate(asked)
+        under_way: dict[str, tuple[int, Output]] = {}
+        thread = self._thread
+        try:
+            while True:
+                while len(under_way) < 2 * self.engine.config.max_sequences:
+                    index, (prompt, params) = next(source, (-1, ("", None)))
+                    if index < 0:
+                        break
+                    output = Output(prompt_token_ids=[], choices=[Answer()])
+                    try:
+                        request = self._request(prompt, params or self.sampling())
+                        self._submit([request], inbox, thread)
+                    except (TriviumError, UnicodeError) as error:
+                        output.choices = [Answer(finish_reason="error", error=str(error))]
+                        yield index, output
+                        continue
+                    output.prompt_token_ids = request.prompt_token_ids
+                    output.choices = [Answer() for _ in range(request.params.n)]
+                    under_way[request.request_id] = (index, output)
+                if not under_way:
+                    return
+                delta = self._next(inbox, thread)
+                index, output = under_way[delta.request_id]
+                output.add(delta)
+                if output.done:
+                    del under_way[delta.request_id]
+                    yield index, output
+        finally:
+            self._leave(list(under_way), thread)
 
     def logits(self, token_ids: Sequence[int], *, routing: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
         """Logits [T, V] of all positions, fp32 on the CPU. ``routing``: choices of experts to replay, [T, K] each."""
@@ -229,7 +258,7 @@ class LLM:
         blocks = cache_blocks(
             program.caches,
             dtype=entries,
-            weight_bytes=model.weight_bytes,
+            weight_bytes=self.weight_bytes,
             memory_bytes=None if memory is None else parse_bytes(memory),
             max_sequences=config.max_sequences,
             max_positions=model.max_positions,
@@ -256,6 +285,9 @@ class LLM:
 
     def _next_id(self) -> str:
         return f"llm-{next(self._numbers)}"
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        return Request(request_id=self._next_id(), prompt_token_ids=self.encode(prompt), params=params)
 
     def _collecting(
         self, token_ids: Sequence[int], collect: Collect, routing: tuple[torch.Tensor, ...] | None = None
@@ -288,10 +320,14 @@ class LLM:
     def _deltas(self, requests: list[Request]) -> Iterator[Delta]:
         """Submit ``requests`` now; an iterator over what comes of them, which ends them when it is closed."""
         inbox: queue.SimpleQueue[Delta] = queue.SimpleQueue()
-        requests = [replace(request, prompt_token_ids=list(request.prompt_token_ids)) for request in requests]
+        thread = self._thread
+        self._submit(requests, inbox, thread)
+        return self._receive(inbox, {request.request_id: request.params.n for request in requests}, thread)
+
+    def _submit(self, requests: list[Request], inbox: queue.SimpleQueue[Delta], thread: EngineThread | None) -> None:
+        """Hand in all of them, or none when one cannot be served."""
         for request in requests:
             self.engine.checked(request)
-        thread = self._thread
         if thread is not None:
             for request in requests:
                 thread.submit(request, inbox.put)
@@ -300,29 +336,31 @@ class LLM:
                 for request in requests:
                     self.engine.add(request)
                     self._inboxes[request.request_id] = inbox
-        left = {request.request_id: request.params.n for request in requests}
-        return self._receive(inbox, left, thread)
 
     def _receive(
         self, inbox: queue.SimpleQueue[Delta], left: dict[str, int], thread: EngineThread | None
     ) -> Iterator[Delta]:
         try:
             while left:
-                try:
-                    delta = inbox.get(block=thread is not None, timeout=_WAIT_S)
-                except queue.Empty:
-                    if thread is None:
-                        self._step()
-                    elif not thread.alive and inbox.empty():
-                        raise TriviumError(f"the engine stopped: {thread.error}") from None
-                    continue
+                delta = self._next(inbox, thread)
                 if delta.finish_reason is not None:
                     left[delta.request_id] -= 1
                     if not left[delta.request_id]:
                         del left[delta.request_id]
                 yield delta
         finally:
-            self._leave(left, thread)
+            self._leave(list(left), thread)
+
+    def _next(self, inbox: queue.SimpleQueue[Delta], thread: EngineThread | None) -> Delta:
+        """The next delta, stepping the engine here where it has no thread."""
+        while True:
+            try:
+                return inbox.get(block=thread is not None, timeout=_WAIT_S)
+            except queue.Empty:
+                if thread is None:
+                    self._step()
+                elif not thread.alive and inbox.empty():
+                    raise TriviumError(f"the engine stopped: {thread.error}") from None
 
     def _step(self) -> None:
         """One step for all who wait; whoever comes first makes it."""
@@ -332,7 +370,7 @@ class LLM:
                 if inbox is not None:
                     inbox.put(delta)
 
-    def _leave(self, left: dict[str, int], thread: EngineThread | None) -> None:
+    def _leave(self, left: list[str], thread: EngineThread | None) -> None:
         if thread is not None:
             for request_id in left:
                 thread.cancel(request_id)

@@ -6,6 +6,8 @@ DeepSpeed Inference section 3.1. Weights first, then the cache, in whole blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -13,7 +15,7 @@ import torch
 from trivium.base.errors import CapacityError
 from trivium.base.units import format_bytes
 from trivium.inference.cache import CacheDtype, block_bytes, blocks_within
-from trivium.kernels.program import CacheSpec
+from trivium.kernels.program import CacheSpec, Program
 
 BLOCK_SIZE = 16
 _SHARE_OF_FREE = {"cpu": 0.25, "cuda": 0.85}
@@ -55,8 +57,31 @@ def cache_blocks(
     )
 
 
+def program_bytes(program: Program) -> int:
+    """Bytes of all tensors that a program holds, each counted once; of meta tensors too."""
+    seen: dict[int, int] = {}
+    _count(program.operations, seen)
+    return sum(seen.values())
+
+
+def _count(value: object, seen: dict[int, int]) -> None:
+    if isinstance(value, torch.Tensor):
+        seen[id(value)] = value.numel() * value.element_size()
+    elif isinstance(value, tuple):
+        for item in value:
+            _count(item, seen)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            _count(getattr(value, field.name), seen)
+
+
 def free_bytes(device: str = "cpu") -> int:
     """Memory that could be taken now."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
-    return int(psutil.virtual_memory().available)
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+    except OSError:
+        return free
+    return max(0, min(free, int(limit) - int(used))) if limit.isdigit() and used.isdigit() else free
