@@ -16,7 +16,7 @@ N input rows, R choices sorted by expert, C model width, F inner width; n choice
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class Form(ABC):
 
     @staticmethod
     @abstractmethod
-    def out(hidden_nF: torch.Tensor, weights_n: torch.Tensor | None, params: Tensors, out_nC: torch.Tensor) -> None:
+    def out(hidden_nF: torch.Tensor, weights_n1: torch.Tensor | None, params: Tensors, out_nC: torch.Tensor) -> None:
         """The last projection of activations that are weighed already."""
 
     @staticmethod
@@ -63,9 +63,13 @@ class Form(ABC):
     @staticmethod
     @abstractmethod
     def grads(
-        grads_inner: Tensors, x_nC: torch.Tensor, weighed_nC: torch.Tensor | None, last_CF: torch.Tensor
+        grads_inner: Tensors,
+        x_nC: torch.Tensor,
+        grad_nC: torch.Tensor,
+        weights_n1: torch.Tensor | None,
+        last_CF: torch.Tensor,
     ) -> Tensors:
-        """Gradients of an expert's parameters; ``last_CF`` is that of `last`, ``weighed_nC`` the output's."""
+        """Gradients of an expert's parameters; ``last_CF`` is that of `last`, ``grad_nC`` the output's unweighed."""
 
 
 class SwiGLU(Form):
@@ -86,7 +90,7 @@ class SwiGLU(Form):
         torch.ops.aten.silu.out(inner[0], out=hidden_nF).mul_(inner[1])
 
     @staticmethod
-    def out(hidden_nF: torch.Tensor, weights_n: torch.Tensor | None, params: Tensors, out_nC: torch.Tensor) -> None:
+    def out(hidden_nF: torch.Tensor, weights_n1: torch.Tensor | None, params: Tensors, out_nC: torch.Tensor) -> None:
         """One projection."""
         torch.mm(hidden_nF, params[2].t(), out=out_nC)
 
@@ -111,7 +115,11 @@ class SwiGLU(Form):
 
     @staticmethod
     def grads(
-        grads_inner: Tensors, x_nC: torch.Tensor, weighed_nC: torch.Tensor | None, last_CF: torch.Tensor
+        grads_inner: Tensors,
+        x_nC: torch.Tensor,
+        grad_nC: torch.Tensor,
+        weights_n1: torch.Tensor | None,
+        last_CF: torch.Tensor,
     ) -> Tensors:
         """Of gate, up, down."""
         return grads_inner[0].t().mm(x_nC), grads_inner[1].t().mm(x_nC), last_CF
@@ -134,12 +142,12 @@ class GELU(Form):
         torch.ops.aten.gelu.out(inner[0], out=hidden_nF)
 
     @staticmethod
-    def out(hidden_nF: torch.Tensor, weights_n: torch.Tensor | None, params: Tensors, out_nC: torch.Tensor) -> None:
+    def out(hidden_nF: torch.Tensor, weights_n1: torch.Tensor | None, params: Tensors, out_nC: torch.Tensor) -> None:
         """One projection; the bias is weighed here."""
-        if weights_n is None:
+        if weights_n1 is None:
             torch.addmm(params[3], hidden_nF, params[2].t(), out=out_nC)
         else:
-            torch.mm(hidden_nF, params[2].t(), out=out_nC).addr_(weights_n, params[3])
+            torch.mm(hidden_nF, params[2].t(), out=out_nC).addr_(weights_n1.view(-1), params[3])
 
     @staticmethod
     def recall(inner: Tensors, hidden_nF: torch.Tensor, slope_nF: torch.Tensor) -> None:
@@ -159,11 +167,15 @@ class GELU(Form):
 
     @staticmethod
     def grads(
-        grads_inner: Tensors, x_nC: torch.Tensor, weighed_nC: torch.Tensor | None, last_CF: torch.Tensor
+        grads_inner: Tensors,
+        x_nC: torch.Tensor,
+        grad_nC: torch.Tensor,
+        weights_n1: torch.Tensor | None,
+        last_CF: torch.Tensor,
     ) -> Tensors:
         """Of up, its bias, down, its bias."""
         up_nF = grads_inner[0]
-        bias_C = last_CF.new_zeros(last_CF.shape[0]) if weighed_nC is None else weighed_nC.sum(0)
+        bias_C = grad_nC.sum(0) if weights_n1 is None else grad_nC.t().mv(weights_n1.view(-1))
         return up_nF.t().mm(x_nC), up_nF.sum(0), last_CF, bias_C
 
 
@@ -179,7 +191,7 @@ class ExpertPass(torch.autograd.Function):
         x_NC: torch.Tensor,
         weights_R: torch.Tensor | None,
         rows_R: torch.Tensor,
-        counts: Sequence[int],
+        counts: list[int],
         form: type[Form],
         *params: torch.Tensor,
     ) -> torch.Tensor:
@@ -189,14 +201,13 @@ class ExpertPass(torch.autograd.Function):
         inner_RF = [x_NC.new_empty((len(rows_R), width)) for _ in range(form.num_inner)]
         out_NC = torch.zeros_like(x_NC)
         scratch_C, scratch_F = x_NC.new_empty((most, x_NC.shape[1])), x_NC.new_empty((most, width))
-        for start, stop, mine in _experts(counts, form, params):
-            rows, weights = rows_R[start:stop], None if weights_R is None else weights_R[start:stop]
-            held_nC, hidden_nF = scratch_C[: stop - start], scratch_F[: stop - start]
+        for mine, rows, weights_n1, *inner in _experts(counts, form, params, rows_R, weights_R, inner_RF):
+            held_nC, hidden_nF = scratch_C[: len(rows)], scratch_F[: len(rows)]
             torch.index_select(x_NC, 0, rows, out=held_nC)
-            form.forward(held_nC, mine, [inner[start:stop] for inner in inner_RF], hidden_nF)
-            if weights is not None:
-                hidden_nF.mul_(weights[:, None])
-            form.out(hidden_nF, weights, mine, held_nC)
+            form.forward(held_nC, mine, inner, hidden_nF)
+            if weights_n1 is not None:
+                hidden_nF.mul_(weights_n1)
+            form.out(hidden_nF, weights_n1, mine, held_nC)
             out_NC.index_add_(0, rows, held_nC)
         ctx.save_for_backward(x_NC, weights_R, rows_R, *inner_RF, *params)
         ctx.counts, ctx.form = counts, form
@@ -214,15 +225,14 @@ class ExpertPass(torch.autograd.Function):
         grad_weights_R = torch.empty_like(weights_R) if wants_weights else None
         scratch = [x_NC.new_empty((most, n)) for n in (x_NC.shape[1], x_NC.shape[1], width, width, width)]
         grads: list[torch.Tensor | None] = []
-        for start, stop, mine in _experts(ctx.counts, form, params):
-            rows, inner = rows_R[start:stop], [one[start:stop] for one in inner_RF]
-            x_nC, grad_nC, grad_nF, hidden_nF, slope_nF = (one[: stop - start] for one in scratch)
+        parts_R = [None] * len(ctx.counts) if grad_weights_R is None else torch.split(grad_weights_R, ctx.counts)
+        every = _experts(ctx.counts, form, params, rows_R, weights_R, inner_RF)
+        for (mine, rows, weights_n1, *inner), part_n in zip(every, parts_R, strict=True):
+            x_nC, grad_nC, grad_nF, hidden_nF, slope_nF = (one[: len(rows)] for one in scratch)
             torch.index_select(grad_NC, 0, rows, out=grad_nC)
             torch.mm(grad_nC, form.last(mine), out=grad_nF)
             form.recall(inner, hidden_nF, slope_nF)
-            if weights_R is not None and grad_weights_R is not None:
-                weights_n1 = weights_R[start:stop, None]
-                part_n = grad_weights_R[start:stop]
+            if part_n is not None:
                 torch.linalg.vecdot(hidden_nF, grad_nF, out=part_n)
                 if form is GELU:
                     part_n.addmv_(grad_nC, mine[3])
@@ -233,8 +243,7 @@ class ExpertPass(torch.autograd.Function):
             grads_inner = form.back(inner, grad_nF, slope_nF)
             if last_CF is not None:
                 torch.index_select(x_NC, 0, rows, out=x_nC)
-                weighed_nC = grad_nC if weights_R is None else grad_nC.mul_(weights_R[start:stop, None])
-                made = form.grads(grads_inner, x_nC, weighed_nC, last_CF)
+                made = form.grads(grads_inner, x_nC, grad_nC, weights_n1, last_CF)
                 grads += [one if want else None for one, want in zip(made, wanted, strict=True)]
             else:
                 grads += [None] * form.num_params
@@ -246,20 +255,27 @@ class ExpertPass(torch.autograd.Function):
         return grad_x_NC, grad_weights_R, None, None, None, *grads
 
 
-def _experts(counts: Sequence[int], form: type[Form], params: Tensors) -> list[tuple[int, int, Tensors]]:
-    """First and last choice of each expert, and its parameters."""
-    found, start = [], 0
-    for number, count in enumerate(counts):
-        found.append((start, start + count, params[number * form.num_params : (number + 1) * form.num_params]))
-        start += count
-    return found
+def _experts(
+    counts: list[int],
+    form: type[Form],
+    params: Tensors,
+    rows_R: torch.Tensor,
+    weights_R: torch.Tensor | None,
+    inner_RF: Tensors,
+) -> Iterator[tuple[Any, ...]]:
+    """Of each expert: parameters, input rows, weights [n, 1] or None, and its part of each of ``inner_RF``."""
+    own = [params[at : at + form.num_params] for at in range(0, len(params), form.num_params)]
+    weights = [None] * len(own) if weights_R is None else torch.split(weights_R[:, None], counts)
+    return zip(
+        own, torch.split(rows_R, counts), weights, *(torch.split(inner, counts) for inner in inner_RF), strict=True
+    )
 
 
 def run_fused(
     x_NC: torch.Tensor,
     weights_R: torch.Tensor | None,
     rows_R: torch.Tensor,
-    counts: Sequence[int],
+    counts: list[int],
     form: type[Form],
     params: Tensors,
 ) -> torch.Tensor:
