@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,3 +76,13 @@ def test_nor_with_accumulation_sums_adam_and_hybrid_shards(world: Worlds, tmp_pa
     cells += [Cell(work=Work(optimizer="adamw", steps=10), mesh_ep=2, stage=stage) for stage in (1, 3)]
     cells += [Cell(work=Work(steps=5), ep=(2, 1), stage=stage, shard_size=2, bucket_bytes=1024) for stage in (2, 3)]
     report(world, 4, cells, tmp_path)
+
+
+@pytest.mark.parametrize(("size", "units"), [(2, "auto"), (2, "all"), (4, "auto")])
+def test_a_thousand_adversarial_routings_at_stage_3_never_hang(world: Worlds, size: int, units: str) -> None:
+    found = world(size).run("tests.moe.routing_cases", "adversarial", 1000, 3, units, timeout=240)
+    for one in found:
+        assert one["routings"] >= 1000
+        assert one["sums"] == found[0]["sums"]
+        assert all(math.isfinite(value) for value in one["sums"].values())
+        assert units == "all" or one["detours"] == 0  # what is gathered does not depend on who uses which expert

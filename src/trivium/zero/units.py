@@ -5,7 +5,8 @@ uses it.
 
 [Note: experts are gathered whole]
 Ranks hold and use different experts of one layer, and wait for each other inside of it, in the all-to-all. A gather
-that only some of them need there could never end. So experts are gathered with the unit around them.
+that only some of them come to there, or come to in another order, could never end. So a layer of experts (the module
+around the one that declares a ``placement``) is gathered at once, with its router, by itself or with the unit around.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def assign(root: nn.Module, units: Units, owner: Mapping[int, tuple[int, Cut]]) 
     """Cut ``root`` into units, the root's first, then in the order of ``named_modules``.
 
     ``owner`` maps ``id(parameter)`` to (optimizer index, cut). A parameter that several units use belongs to the
-    innermost unit around all of them. Units without parameters are left out, except the root. A module that is
-    reduced over another axis than ``"dp"`` (experts) is never cut into units: see [Note: experts are gathered whole].
+    innermost unit around all of them. Units without parameters are left out, except the root. A layer of
+    experts that are reduced over another axis than ``"dp"`` is not cut: see [Note: experts are gathered whole].
     """
     chosen = _outside_of_experts(root, _choose(root, units))
     specs = {name: UnitSpec(name=name, module=module) for name, module in root.named_modules() if name in chosen}
@@ -117,8 +118,10 @@ def _automatic(root: nn.Module) -> set[str]:
 
 
 def _outside_of_experts(root: nn.Module, chosen: set[str]) -> set[str]:
-    apart = [f"{name}." for name, module in root.named_modules() if name and (_declared(module) or "dp") != "dp"]
-    return {name for name in chosen if not name.startswith(tuple(apart))}
+    """``chosen`` without what lies inside of a layer of experts: of the module around one that says ``placement``."""
+    apart = [name for name, module in root.named_modules() if (_declared(module) or "dp") != "dp"]
+    layers = {name.rpartition(".")[0] for name in apart}
+    return {name for name in chosen if not any(layer == "" or name.startswith(f"{layer}.") for layer in layers if name)}
 
 
 def _by_identity(root: nn.Module) -> dict[int, tuple[list[str], nn.Parameter]]:
