@@ -179,24 +179,24 @@ def test_offline(visit: Visit) -> None:
     assert visit.texts() == ["before", "Hello from the stub.", "during", "Hello from the stub."]
 
 
-@pytest.mark.parametrize(
-    ("reply", "state", "words"),
-    [
-        (Reply(pieces=["a", "b", "c"], gap_s=0.15, then="die"), "interrupted", "The connection"),
-        (Reply(pieces=["ab"], then="error", message="The engine stopped (request 7)."), "interrupted", "(request 7)"),
-        (Reply(pieces=["ab"], then="abort"), "interrupted", "The server stopped before"),
-        (Reply(status=400, message="The prompt has 9,000 tokens; 4,096 fit."), "error", "4,096 fit."),
-        (Reply(status=429, message="The queue is full.", headers={"Retry-After": "2"}), "error", "The queue is full."),
-        (Reply(status=500, message="Internal error, id 12."), "error", "id 12."),
-    ],
-)
-def test_every_failure_ends_in_words(visit: Visit, reply: Reply, state: str, words: str) -> None:
-    visit.send("go", reply)
-    visit.answer(state)
-    visit.sees(words)
-    visit.button("Send message").wait_for()
-    visit.button("Regenerate" if state == "interrupted" else "Try again", last=True).click()
-    visit.answer("done")
+FAILURES = [
+    (Reply(pieces=["a", "b", "c"], gap_s=0.15, then="die"), "interrupted", "The connection"),
+    (Reply(pieces=["ab"], then="error", message="The engine stopped (request 7)."), "interrupted", "(request 7)"),
+    (Reply(pieces=["ab"], then="abort"), "interrupted", "The server stopped before"),
+    (Reply(status=400, message="The prompt has 9,000 tokens; 4,096 fit."), "error", "4,096 fit."),
+    (Reply(status=429, message="The queue is full.", headers={"Retry-After": "2"}), "error", "The queue is full."),
+    (Reply(status=500, message="Internal error, id 12."), "error", "id 12."),
+]
+
+
+def test_every_failure_ends_in_words(visit: Visit) -> None:
+    for reply, state, words in FAILURES:
+        visit.send("go", reply)
+        visit.answer(state)
+        visit.sees(words)
+        visit.button("Send message").wait_for()
+        visit.button("Regenerate" if state == "interrupted" else "Try again", last=True).click()
+        visit.answer("done")
 
 
 def test_key(visit: Visit, stub: PageServer) -> None:
@@ -293,20 +293,19 @@ def test_export_and_import(visit: Visit, tmp_path: Path) -> None:
     assert visit.texts() == ["first", "answer"]
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("{", "not JSON"),
-        ("[]", "not a file that this page exported"),
-        ('{"format": "trivium-chats", "version": 2, "conversations": []}', "version: expected 1"),
-        ('{"format": "trivium-chats", "version": 1, "conversations": [{"meta": {}, "messages": []}]}', "meta.id"),
-        ('{"format": "trivium-chats", "version": 1, "conversations": [7]}', "conversations[0]"),
-    ],
-)
-def test_damaged_imports_are_refused_whole(visit: Visit, tmp_path: Path, content: str, words: str) -> None:
-    file = tmp_path / "bad.json"
-    file.write_text(content)
-    visit.page.set_input_files("#import-file", file)
-    visit.sees("Nothing was imported.")
-    visit.sees(words)
+DAMAGED = [
+    ("{", "not JSON"),
+    ("[]", "not a file that this page exported"),
+    ('{"format": "trivium-chats", "version": 2, "conversations": []}', "version: expected 1"),
+    ('{"format": "trivium-chats", "version": 1, "conversations": [{"meta": {}, "messages": []}]}', "meta.id"),
+    ('{"format": "trivium-chats", "version": 1, "conversations": [7]}', "conversations[0]"),
+]
+
+
+def test_damaged_imports_are_refused_whole(visit: Visit) -> None:
+    for content, words in DAMAGED:
+        file = {"name": "bad.json", "mimeType": "application/json", "buffer": content.encode()}
+        visit.page.set_input_files("#import-file", file)
+        visit.page.get_by_text("Nothing was imported.").last.wait_for()
+        visit.sees(words)
     assert visit.page.locator(".chat").count() == 0

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.serve.page_browser import Visit, chromium
-from tests.serve.page_server import PAGE, PageServer, Reply, page_server
+from tests.serve.page_server import LOADS, PAGE, PageServer, Reply, page_server
 
 HOSTILE = '<img src=x onerror="alert(1)"><script>alert(2)</script><svg onload=alert(3)>"\'><iframe src=//evil.org>'
 SLOW = Reply(pieces=[f"word{i} " for i in range(400)], gap_s=0.02)
@@ -315,6 +315,9 @@ def test_status_panel(visit: Visit, stub: PageServer) -> None:
     assert picture.locator("rect").count() == 32 and picture.locator(".level-8").count() >= 1
     assert panel.get_by_role("meter").get_attribute("aria-valuenow") == "37"
     assert re.search(r"Being written\s+3\s+In the queue\s+2", panel.inner_text())
+    first, *rest = LOADS
+    stub.experts = [[first[0] + 50, *first[1:]], *rest]
+    visit.sees("The busiest is expert 1 of layer 1")  # counts since the start: what was added is shown
     stub.experts = None
     picture.wait_for(state="hidden")
     asked = stub.status_calls
@@ -326,14 +329,16 @@ def test_status_panel(visit: Visit, stub: PageServer) -> None:
     assert stub.status_calls - asked <= 1, "nobody looks, and the server is still asked often"
 
 
-@pytest.mark.parametrize(
-    "damage", [{"experts": [["x", None], 7, {}]}, {"cache_usage": "much", "running": -1}, {"model": 3}]
-)
-def test_status_of_any_shape(visit: Visit, damage: dict[str, Any]) -> None:
-    visit.page.route("**/v1/status", lambda route: route.fulfill(json=damage))
+def test_status_of_any_shape(visit: Visit) -> None:
     visit.page.get_by_role("button", name="Server:").click()
-    visit.page.wait_for_timeout(300)
-    assert "NaN" not in visit.page.locator("#panel").inner_text()
+    shapes: list[Any] = [{"experts": [["x", None], 7, {}]}, {"cache_usage": "much", "running": -1}, {"model": 3}, []]
+    current: list[Any] = [{}]
+    visit.page.route("**/v1/status", lambda route: route.fulfill(json=current[0]))
+    for current[0] in shapes:
+        for _ in range(2):  # the first may have been under way
+            with visit.page.expect_response("**/v1/status"):
+                pass
+        assert "NaN" not in visit.page.locator("#panel").inner_text()
     assert visit.ask("go") == "Hello from the stub."
 
 
