@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from trivium.base import config, log
-from trivium.base.errors import CheckpointError
+from trivium.base.errors import CheckpointError, ConfigError
 from trivium.base.units import format_count, parse_bytes
 from trivium.cli.output import print_json, word_console
 
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 _CONFIG = "config.json"
 
 
@@ -28,6 +28,9 @@ def convert(
     ],
     target: Annotated[Path, typer.Argument(help="The folder to write.")],
     plain: Annotated[bool, typer.Option("--plain", help="Keep all names and write no config.json.")] = False,
+    quantize: Annotated[
+        str | None, typer.Option("--quantize", help="Pack the weights for inference: int8 or int4.")
+    ] = None,
     max_shard: Annotated[str, typer.Option("--max-shard", help="Largest file to write, such as 5GB.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in TARGET.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
@@ -36,6 +39,11 @@ def convert(
     log.setup()
     from trivium import checkpoint
 
+    if quantize is not None:
+        if plain:
+            raise ConfigError("--quantize and --plain: packed weights have names of their own; leave one out")
+        _tell(_pack(source, target, quantize, max_shard_bytes=parse_bytes(max_shard), overwrite=overwrite), as_json)
+        return
     path = source
     if source.is_dir() and not (source / "manifest.json").exists():
         path = checkpoint.latest(source) or source
@@ -43,13 +51,28 @@ def convert(
         report = _export(path, target, plain=plain, max_shard_bytes=parse_bytes(max_shard), overwrite=overwrite)
     else:
         report = _import(path, target, plain=plain, overwrite=overwrite)
+    _tell(report, as_json)
+
+
+def _tell(report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(report)
-    else:
-        count = format_count(report["parameters"])
-        word_console().print(
-            f"{report['source']} → {report['target']}: {report['format']}, {count} parameters", soft_wrap=True
-        )
+        return
+    count = format_count(report["parameters"])
+    word_console().print(
+        f"{report['source']} → {report['target']}: {report['format']}, {count} parameters", soft_wrap=True
+    )
+
+
+def _pack(path: Path, target: Path, quantize: str, *, max_shard_bytes: int, overwrite: bool) -> dict[str, Any]:
+    """Anything that inference loads becomes a folder that it loads without packing."""
+    from trivium.inference.quantized import write_quantized
+
+    written, parameters = write_quantized(
+        path, target, quantize=quantize, max_shard_bytes=max_shard_bytes, overwrite=overwrite
+    )
+    _copy_tokenizer((path, path.parent) if (path / "manifest.json").exists() else (path,), written)
+    return _report(path, written, f"{quantize} weights for inference", parameters)
 
 
 def _export(path: Path, target: Path, *, plain: bool, max_shard_bytes: int, overwrite: bool) -> dict[str, Any]:

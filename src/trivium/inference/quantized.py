@@ -31,7 +31,7 @@ def write_quantized(
     path: str | Path,
     target: str | Path,
     *,
-    quantize: Literal["int8", "int4"],
+    quantize: str,
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
 ) -> tuple[Path, int]:
@@ -40,13 +40,18 @@ def write_quantized(
     Projections become ``quantize``; what `weights.load` never quantises stays as it is. Returns where it was written
     and the number of its parameters. Errors as of `weights.load`, and CheckpointError for a target that holds a model.
     """
-    if quantize not in ("int8", "int4"):
+    kind: Literal["int8", "int4"]
+    if quantize == "int8":
+        kind = "int8"
+    elif quantize == "int4":
+        kind = "int4"
+    else:
         raise ConfigError(f"quantize={quantize!r}: expected int8 or int4")
     with open_model(path) as opened:
-        formats = packed_formats(opened.architecture, quantize)
+        formats = packed_formats(opened.architecture, kind)
         config = {
             **_described(opened),
-            "quantization_config": {"quant_method": OURS, "version": 1, "weights": quantize},
+            "quantization_config": {"quant_method": OURS, "version": 1, "weights": kind},
         }
         shapes = tensors(opened.architecture)
         stored = opened.source.dtype

@@ -108,6 +108,7 @@ def load(
         program = compile_program(model, packer.get, pack=packer.pack, max_positions=positions, slots=slots)
         folder = opened.path
         tokenizer = tokenizer_of(folder)
+        beside = folder if tokenizer is None else tokenizer.parent
         return LoadedModel(
             name=Path(path).resolve().name,
             path=folder,
@@ -118,8 +119,8 @@ def load(
             quantize=quantize,
             weight_bytes=packer.num_bytes,
             tokenizer=tokenizer,
-            chat_template=chat_template_of(folder),
-            generation=generation_defaults(folder, opened.config, tokenizer),
+            chat_template=chat_template_of(beside),
+            generation=generation_defaults(beside, opened.config, tokenizer),
             parts=opened.parts,
             slots=tuple(slots),
         )
