@@ -42,6 +42,8 @@ class Spawner:
         finally:
             self._parent.kill()
             self._parent.wait()
+            if self._parent.stdout is not None:
+                self._parent.stdout.close()
 
 
 def serve(step_s: float, slots: int) -> int:

@@ -59,6 +59,7 @@ class _Choice:
         self.random = random.Random(f"{request.params.seed}-{index}")
         self.count = 0
         self.reply = reply
+        self.follow = False
         self.head = tokenizer.decode(request.prompt_token_ids) if request.params.echo else ""
 
     def token(self) -> int:
@@ -66,6 +67,10 @@ class _Choice:
             allowed = self.constraint.allowed().nonzero().flatten().tolist()
             if not allowed:
                 return -1
+            if self.follow:
+                if self.count < len(self.reply) and self.reply[self.count] in allowed:
+                    return self.reply[self.count]
+                return END if END in allowed else min(allowed)
             if END in allowed:
                 return END
             return self.random.choice(allowed)
@@ -82,6 +87,7 @@ class StubEngine:
         self.tokenizer = ByteTokenizer()
         self.last_step_s = time.monotonic()
         self.prefill_s = 0.0
+        self.follow = False
         self.submitted = 0
         self.cancelled: list[str] = []
         self.cancels: dict[str, float] = {}
@@ -114,9 +120,10 @@ class StubEngine:
             raise ContextLengthError("too long", given=len(request.prompt_token_ids), limit=CONTEXT)
         with self._wake:
             self.submitted += 1
-            self._queue += [
-                (_Choice(request, index, self.tokenizer, self.reply), on_delta) for index in range(request.params.n)
-            ]
+            for index in range(request.params.n):
+                choice = _Choice(request, index, self.tokenizer, self.reply)
+                choice.follow = self.follow
+                self._queue.append((choice, on_delta))
             self._wake.notify()
 
     def cancel(self, request_id: str) -> None:

@@ -121,8 +121,9 @@ def test_reload_in_mid_stream_keeps_the_part(visit: Visit, stub: PageServer) -> 
     part = visit.texts()[1]
     assert part.startswith("word0 word1 word2 word3")
     assert visit.page.locator(".waiting").count() == 0
-    stub.replies.append(Reply(pieces=["and the end"]))
+    stub.replies.append(Reply(pieces=["and ", "the ", "end"], gap_s=0.2))
     visit.button("Continue").click()
+    visit.page.locator(".message[data-state=streaming] .text", has_text="and the").wait_for()
     visit.answer()
     assert visit.texts()[1] == f"{part} and the end"
     asked = stub.requests[-1]

@@ -140,6 +140,7 @@ class ToolReader:
         self._trigger = "" if dialect.trigger_id is not None else dialect.trigger
         self._begins = {dialect.begin(name): name for name in plan.names}
         self._end = dialect.end
+        self._between = dialect.between + " \n"
         self._held = ""
         self._state: Literal["text", "head", "arguments", "tail"] = "text"
         self._depth = 0
@@ -174,7 +175,7 @@ class ToolReader:
         at, hold = _first(self._held, triggers)
         text = self._held[:at]
         if self.calls:
-            text = text.strip()  # what parts one call from the next
+            text = text.strip(self._between)  # what parts one call from the next
         if text:
             content.append(text)
         self._held = self._held[at:]

@@ -147,6 +147,7 @@ export class Chats {
     };
     const run = new Run({ client, store, conversation, message, model: this.model() || conversation.meta.model, onupdate, onend });
     conversation.meta.model = run.model;
+    Object.assign(message, { state: "streaming", error: "", finish: "" }); // at once: the lock may take a moment
     this.runs.set(id, run);
     this.opened.set(id, conversation);
     this.#changed(conversation);

@@ -98,7 +98,8 @@ export class MessageView {
   }
 
   paint() {
-    this.live?.show();
+    if (!this.live) return;
+    this.live.show();
     this.shown = this.message.content;
   }
 
