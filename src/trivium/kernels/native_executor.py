@@ -47,16 +47,16 @@ class NativeExecutor:
     """The program's step in the native library; see `trivium.kernels.executor.Executor`."""
 
     def __init__(self, program: Program, library: C.CDLL, variant: str, threads: int) -> None:
+        self._handle: int | None = None
         if threads < 1:
             raise ConfigError(f"threads: {threads}, expected at least 1")
         self._program = program
         self._variant = variant
         self._library = library
-        self._handle: int | None = None
         self._bound = Bound(program, threads)
         self._layers = routing_layers(program)
         self._known: tuple[Cache, ...] = ()
-        self._caches: object = None
+        self._caches: C.Array[CCache] = (CCache * 1)()
         self._handle = library.trivium_bind(C.byref(self._bound.struct))
         if not self._handle:
             raise CapacityError("the native kernels could not allocate memory for the program")
@@ -97,7 +97,7 @@ class NativeExecutor:
             tokens,
             *batch.block_tables.shape,
             rows,
-            C.addressof(self._caches),  # type: ignore[arg-type]
+            C.addressof(self._caches),
             C.addressof(tables),
             logits.data_ptr(),
             hidden.data_ptr(),

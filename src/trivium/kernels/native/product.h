@@ -10,7 +10,7 @@ namespace trv {
 
 constexpr int kPanel = 64;
 constexpr int kBlock = 240;      // tokens of a block: whole tiles of 16, of 5 and of 6
-constexpr int kDepth = 256;      // inputs of a panel unpacked at once
+constexpr int kDepth = 128;      // inputs of a panel unpacked at once
 
 // A thread's own memory.
 struct Scratch {
@@ -19,60 +19,67 @@ struct Scratch {
 };
 
 // ------------------------------------------------------------------------------------------------ fp32 arithmetic
+// Inputs 2i (even) and 2i + 1 (odd) of sixteen outputs; `k` is 2i.
 struct FromFloat32 {
   const float* w;
-  TRV_INLINE void pair(const FromFloat32& s, int64_t k, int j, vf& even, vf& odd) {
-    even = vload(s.w + k * kPanel + j * kLanes);
-    odd = vload(s.w + (k + 1) * kPanel + j * kLanes);
-  }
-  TRV_INLINE vf last(const FromFloat32& s, int64_t k, int j) { return vload(s.w + k * kPanel + j * kLanes); }
+  TRV_INLINE vf even(const FromFloat32& s, int64_t k, int j) { return vload(s.w + k * kPanel + j * kLanes); }
+  TRV_INLINE vf odd(const FromFloat32& s, int64_t k, int j) { return vload(s.w + (k + 1) * kPanel + j * kLanes); }
 };
 struct FromFloat16 {
   const uint16_t* w;
-  TRV_INLINE void pair(const FromFloat16& s, int64_t k, int j, vf& even, vf& odd) {
-    even = vload_f16(s.w + k * kPanel + j * kLanes);
-    odd = vload_f16(s.w + (k + 1) * kPanel + j * kLanes);
-  }
-  TRV_INLINE vf last(const FromFloat16& s, int64_t k, int j) { return vload_f16(s.w + k * kPanel + j * kLanes); }
+  TRV_INLINE vf even(const FromFloat16& s, int64_t k, int j) { return vload_f16(s.w + k * kPanel + j * kLanes); }
+  TRV_INLINE vf odd(const FromFloat16& s, int64_t k, int j) { return vload_f16(s.w + (k + 1) * kPanel + j * kLanes); }
 };
 struct FromBfloat16 {
   const uint16_t* w;
-  TRV_INLINE void pair(const FromBfloat16& s, int64_t k, int j, vf& even, vf& odd) {
-    vi both = viload((const int32_t*)(s.w + k * kPanel) + j * kLanes);
-    even = vbits(vshl(both, 16));
-    odd = vbits(vand(both, viset((int32_t)0xffff0000)));
-  }
-  TRV_INLINE vf last(const FromBfloat16& s, int64_t k, int j) {
-    return vbits(vshl(viload((const int32_t*)(s.w + k * kPanel) + j * kLanes), 16));
+  TRV_INLINE vi both(const FromBfloat16& s, int64_t k, int j) { return viload((const int32_t*)(s.w + k * kPanel) + j * kLanes); }
+  TRV_INLINE vf even(const FromBfloat16& s, int64_t k, int j) { return vbits(vshl(both(s, k, j), 16)); }
+  TRV_INLINE vf odd(const FromBfloat16& s, int64_t k, int j) {
+    return vbits(vand(both(s, k, j), viset((int32_t)0xffff0000)));
   }
 };
+
+// Loops over registers must be unrolled whole, or the accumulators would live in memory.
+#define TRV_UNROLL _Pragma("GCC unroll 16")
+
+template <int NT, int NV>
+TRV_INLINE void add_input(vf (&acc)[NT][NV], const vf (&w)[NV], const float* x, int64_t stride) {
+  TRV_UNROLL
+  for (int t = 0; t < NT; t++) {
+    vf a = vset(x[t * stride]);
+    TRV_UNROLL
+    for (int j = 0; j < NV; j++) acc[t][j] = vfma(a, w[j], acc[t][j]);
+  }
+}
 
 template <int NT, int NV, typename Source>
 TRV_INLINE void float_strip(const Source& w, int64_t depth, const float* x, int64_t stride, float* c, int64_t ldc,
                             int j0) {
-  vf acc[NT][NV];
-  for (int t = 0; t < NT; t++)
+  vf acc[NT][NV], line[NV];
+  TRV_UNROLL
+  for (int t = 0; t < NT; t++) {
+    TRV_UNROLL
     for (int j = 0; j < NV; j++) acc[t][j] = vload(c + t * ldc + (j0 + j) * kLanes);
+  }
   int64_t k = 0;
   for (; k + 2 <= depth; k += 2) {
-    vf even[NV], odd[NV];
-    for (int j = 0; j < NV; j++) Source::pair(w, k, j0 + j, even[j], odd[j]);
-    for (int t = 0; t < NT; t++) {
-      vf a = vset(x[t * stride + k]);
-      for (int j = 0; j < NV; j++) acc[t][j] = vfma(a, even[j], acc[t][j]);
-    }
-    for (int t = 0; t < NT; t++) {
-      vf a = vset(x[t * stride + k + 1]);
-      for (int j = 0; j < NV; j++) acc[t][j] = vfma(a, odd[j], acc[t][j]);
-    }
+    TRV_UNROLL
+    for (int j = 0; j < NV; j++) line[j] = Source::even(w, k, j0 + j);
+    add_input(acc, line, x + k, stride);
+    TRV_UNROLL
+    for (int j = 0; j < NV; j++) line[j] = Source::odd(w, k, j0 + j);
+    add_input(acc, line, x + k + 1, stride);
   }
-  if (k < depth)
-    for (int j = 0; j < NV; j++) {
-      vf b = Source::last(w, k, j0 + j);
-      for (int t = 0; t < NT; t++) acc[t][j] = vfma(vset(x[t * stride + k]), b, acc[t][j]);
-    }
-  for (int t = 0; t < NT; t++)
+  if (k < depth) {
+    TRV_UNROLL
+    for (int j = 0; j < NV; j++) line[j] = Source::even(w, k, j0 + j);
+    add_input(acc, line, x + k, stride);
+  }
+  TRV_UNROLL
+  for (int t = 0; t < NT; t++) {
+    TRV_UNROLL
     for (int j = 0; j < NV; j++) vstore(c + t * ldc + (j0 + j) * kLanes, acc[t][j]);
+  }
 }
 
 template <int NT, typename Source>
@@ -117,14 +124,8 @@ void float_product(const Source& w, int64_t columns, const Prepared& x, int t0, 
     int64_t depth = k + kDepth < columns ? kDepth : columns - k;
     for (int64_t i = 0; i < depth; i += 2)
       for (int j = 0; j < 4; j++) {
-        if (i + 1 < depth) {
-          vf even, odd;
-          Source::pair(w, k + i, j, even, odd);
-          vstore(wide + i * kPanel + j * kLanes, even);
-          vstore(wide + (i + 1) * kPanel + j * kLanes, odd);
-        } else {
-          vstore(wide + i * kPanel + j * kLanes, Source::last(w, k + i, j));
-        }
+        vstore(wide + i * kPanel + j * kLanes, Source::even(w, k + i, j));
+        if (i + 1 < depth) vstore(wide + (i + 1) * kPanel + j * kLanes, Source::odd(w, k + i, j));
       }
     float_panel(FromFloat32{wide}, depth, rows + k, x.stride, tokens, c, kPanel);
   }
@@ -152,23 +153,28 @@ TRV_INLINE int32_t dot_start(const Matrix& m, int32_t sum) {
 template <int NT, int NV, bool kFour>
 TRV_INLINE void int_strip(const Matrix& m, int64_t panel, const Prepared& x, int64_t t0, float* c, int j0) {
   const int8_t* rows[NT];
+  TRV_UNROLL
   for (int t = 0; t < NT; t++) rows[t] = x.quant_row(t0 + t);
   const int64_t padded = m.padded;
   const uint8_t* w = (const uint8_t*)m.data + panel * kPanel * padded / (kFour ? 2 : 1) + j0 * 64;
   for (int g = 0; g < x.groups; g++) {
     int64_t begin = (int64_t)g * x.group, end = begin + x.group < padded ? begin + x.group : padded;
     vi acc[NT][NV];
+    TRV_UNROLL
     for (int t = 0; t < NT; t++)
+      TRV_UNROLL
       for (int j = 0; j < NV; j++) acc[t][j] = viset(dot_start(m, x.sums[(t0 + t) * x.groups + g]));
     for (int64_t k = begin; k < end; k += 32) {
       int64_t at = (k / 64) * 1024 + k % 64;
       const uint8_t* source = w + k * kPanel / (kFour ? 2 : 1);
 #pragma GCC unroll 8
       for (int u = 0; u < 32; u += kFour ? 8 : 4) {
+        TRV_UNROLL
         for (int j = 0; j < NV; j++) {
           vb packed = vbload(source + j * 64);
           if (kFour) {
             vb low = vlow4(packed), high = vhigh4(packed);
+            TRV_UNROLL
             for (int t = 0; t < NT; t++) {
               int32_t a, b;
               memcpy(&a, rows[t] + at + u, 4);
@@ -176,6 +182,7 @@ TRV_INLINE void int_strip(const Matrix& m, int64_t panel, const Prepared& x, int
               acc[t][j] = dot_w4(dot_w4(acc[t][j], low, vbset(a)), high, vbset(b));
             }
           } else {
+            TRV_UNROLL
             for (int t = 0; t < NT; t++) {
               int32_t a;
               memcpy(&a, rows[t] + at + u, 4);
@@ -186,8 +193,10 @@ TRV_INLINE void int_strip(const Matrix& m, int64_t panel, const Prepared& x, int
         source += 256;
       }
     }
+    TRV_UNROLL
     for (int j = 0; j < NV; j++) {
       vf weight_scale = m.group ? load_scale(m, panel, x.groups, g, j0 + j) : vzero();
+      TRV_UNROLL
       for (int t = 0; t < NT; t++) {
         int64_t at = (t0 + t) * x.groups + g;
         add_group(m, panel, x.groups, g, j0 + j, acc[t][j], x.scales[at], x.sums[at], weight_scale, c + t * kPanel);
