@@ -8,7 +8,7 @@ import pytest
 
 from tests.moe.exchange_cases import EXPERTS, ROW_BYTES
 from trivium.base.errors import ConfigError
-from trivium.dist.exchange import ExchangeConfig
+from trivium.dist.exchange import ExchangeConfig, crossover_bytes
 
 PHASES = ("dispatch", "combine", "combine.backward", "dispatch.backward")
 FLAT: dict[str, Any] = {"kind": "flat"}
@@ -71,6 +71,10 @@ def test_coordinated_is_flat_in_p_over_l_messages(world: Any, size: int, tp: int
         assert flat["dispatch on ep"][1] == sum(to[o] for o in range(size) if o // tp != source) * ROW_BYTES
         for inner in others:
             assert by_axis(inner, "ep/2", 0) == by_axis(inner, "ep/2/across", 0) == [1] * 4
+
+
+def test_the_hierarchy_is_chosen_for_short_messages_between_many() -> None:
+    assert [crossover_bytes(ranks) for ranks in (2, 4, 8, 64)] == [0, 0, 4096, 4096]
 
 
 def test_different_tokens_in_a_tensor_group_are_refused_on_all(world: Any) -> None:

@@ -26,9 +26,14 @@ from trivium.dist.uneven import exchange_rows, gather_rows
 Kind = Literal["auto", "flat", "hierarchical", "coordinated"]
 Counts = Sequence[Sequence[int]]
 
-# Measured by `trivium bench moe` (docs/moe.md): below so many bytes per message of a flat exchange, two shorter steps
-# are faster than one. Between processes of one machine; links between machines favour the hierarchy more.
-CROSSOVER_BYTES = 16 * 1024
+# Measured by `trivium bench moe` between processes of one machine (docs/moe.md): from so many ranks on, a flat message
+# of fewer bytes than this costs more than the two shorter steps. Links between machines favour the hierarchy more.
+_CROSSOVERS = ((8, 4096),)
+
+
+def crossover_bytes(num_ranks: int) -> int:
+    """Below how many bytes per flat message a hierarchical exchange is faster; 0: never, as with few ranks."""
+    return max((num_bytes for least, num_bytes in _CROSSOVERS if num_ranks >= least), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +41,13 @@ class ExchangeConfig:
     """How rows travel. ``kind``: ``flat``, one message to every rank; ``hierarchical``, inside a node of ``node``
     neighbouring ranks, then across nodes; ``coordinated``, experts spread over the tensor axis too, whose ranks hold
     identical tokens; ``auto``, hierarchical where there are several nodes and a flat message would be shorter than
-    ``crossover_bytes``, else flat. ``node`` None: as many as share a host.
+    ``crossover_bytes`` (None: what was measured, see `crossover_bytes`), else flat. ``node`` None: as many as share a
+    host.
     """
 
     kind: Kind = "auto"
     node: int | None = None
-    crossover_bytes: int = CROSSOVER_BYTES
+    crossover_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("auto", "flat", "hierarchical", "coordinated"):
@@ -50,7 +56,7 @@ class ExchangeConfig:
             )
         if self.node is not None and self.node < 1:
             raise ConfigError(f"exchange.node={self.node}: expected the number of ranks of one node, or None")
-        if self.crossover_bytes < 0:
+        if self.crossover_bytes is not None and self.crossover_bytes < 0:
             raise ConfigError(f"exchange.crossover_bytes={self.crossover_bytes}: expected 0 or more")
 
 
@@ -261,7 +267,10 @@ def make_exchange(mesh: Mesh, comm: Comm, config: ExchangeConfig, name: str = "m
     if config.kind == "auto" and not 1 < node < comm.size:
         return flat
     hierarchical = _hierarchical(mesh, comm, node, name)
-    return hierarchical if config.kind == "hierarchical" else BySize(flat, hierarchical, config.crossover_bytes)
+    if config.kind == "hierarchical":
+        return hierarchical
+    limit = crossover_bytes(comm.size) if config.crossover_bytes is None else config.crossover_bytes
+    return BySize(flat, hierarchical, limit)
 
 
 def _hierarchical(mesh: Mesh, comm: Comm, node: int, name: str) -> Hierarchical:
