@@ -121,15 +121,16 @@ def test_reload_in_mid_stream_keeps_the_part(visit: Visit, stub: PageServer) -> 
     part = visit.texts()[1]
     assert part.startswith("word0 word1 word2 word3")
     assert visit.page.locator(".waiting").count() == 0
-    stub.replies.append(Reply(pieces=["and ", "the ", "end"], gap_s=0.2))
+    stub.replies.append(Reply(pieces=["and ", "the ", "end"], then="hang"))
     visit.button("Continue").click()
-    visit.page.locator(".message[data-state=streaming] .text", has_text="and the").wait_for()
-    visit.answer()
+    visit.page.locator(".message[data-state=streaming] .text", has_text="and the end").wait_for()
+    visit.page.keyboard.press("Escape")
+    visit.answer("stopped")
     assert visit.texts()[1] == f"{part} and the end"
     asked = stub.requests[-1]
     assert asked["continue_final_message"] is True and asked["add_generation_prompt"] is False
     assert asked["messages"][-1]["role"] == "assistant" and asked["messages"][-1]["content"].strip() == part
-    visit.button("Regenerate").click()
+    visit.button("Regenerate").last.click()
     visit.page.get_by_label("Version 2 of 2").wait_for()
 
 
