@@ -22,6 +22,9 @@ from trivium.dist.mesh import Mesh
 from trivium.zero.placement import ZeroConfig
 from trivium.zero.units import FlatKey, UnitSpec, axis_of
 
+Group = tuple[str, tuple[int, ...]]
+"""An axis, and the places among the data-parallel ranks of those that hold the same parameters along it."""
+
 
 def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Raise ConfigError when an optimizer holds a parameter of another model, or one that another optimizer holds."""
@@ -39,9 +42,9 @@ def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
                 seen.add(id(param))
 
 
-def agree_on_model(model: nn.Module, optimizers: Sequence[Optimizer], mesh: Mesh, config: ZeroConfig) -> None:
+def agree_on_model(model: nn.Module, optimizers: Sequence[Optimizer], mesh: Mesh, config: ZeroConfig) -> list[Group]:
     """The same names, shapes and dtypes on all ranks that hold the same parameters, the same configuration and kinds of
-    optimizers on all."""
+    optimizers on all. Returns the groups of ranks that hold the same."""
     parameters = [
         [name, str(param.dtype), list(param.shape), param.requires_grad, axis_of(model, name)]
         for name, param in model.named_parameters()
@@ -50,7 +53,8 @@ def agree_on_model(model: nn.Module, optimizers: Sequence[Optimizer], mesh: Mesh
     comm = mesh.comm("dp")
     everyone = comm.all_gather_json({"axes": axes, "parameters": parameters})
     owner: dict[tuple[str, str], int] = {}
-    for axis, members in _groups(comm, [told["axes"] for told in everyone]):
+    groups = _groups(comm, everyone)
+    for axis, members in groups:
         lists = [[row for row in everyone[place]["parameters"] if row[4] == axis] for place in members]
         what = "the model's parameter" if axis == "dp" else f"the parameter (reduced over {axis}, not dp)"
         _require_same_rows([comm.ranks[place] for place in members], lists, what)
@@ -63,18 +67,20 @@ def agree_on_model(model: nn.Module, optimizers: Sequence[Optimizer], mesh: Mesh
                 )
     comm.require_equal(repr(config), "the [zero] configuration")
     comm.require_equal([type(one).__name__ for one in optimizers], "the list of optimizers")
+    return groups
 
 
-def _groups(comm: Comm, told: Sequence[dict[str, list[int]]]) -> list[tuple[str, tuple[int, ...]]]:
-    """Every group of ranks that hold the same parameters: the axis, and its ranks' places in ``comm``."""
+def _groups(comm: Comm, everyone: Sequence[dict[str, Any]]) -> list[Group]:
     found: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-    for place, axes in enumerate(told):
-        for axis, group in axes.items():
-            found.setdefault((axis, tuple(group)), []).append(comm.ranks[place])
-    for (axis, ranks), present in found.items():
+    for place, told in enumerate(everyone):
+        for axis, group in told["axes"].items():
+            found.setdefault((axis, tuple(group)), []).append(place)
+    for (axis, ranks), places in found.items():
+        present = [comm.ranks[place] for place in places]
         if sorted(ranks) != sorted(present):
+            name = next((row[0] for row in everyone[places[0]]["parameters"] if row[4] == axis), "nothing")
             raise MismatchError(
-                f"ranks {list(ranks)} reduce parameters over axis {axis}, but of the data-parallel ranks only "
+                f"{name} is reduced over axis {axis} by ranks {list(ranks)}, but of the data-parallel ranks only "
                 f"{present} have such parameters: build the same model, with the same ep of each layer, on every rank"
             )
     return [(axis, tuple(map(comm.ranks.index, ranks))) for axis, ranks in found]
@@ -99,7 +105,7 @@ def _first_extra(one: list[Any], other: list[Any]) -> str:
     return f"the first that only one has is {longer[min(len(one), len(other))][0]}"
 
 
-def agree_on_units(specs: Sequence[UnitSpec], mesh: Mesh) -> list[dict[FlatKey, int]]:
+def agree_on_units(specs: Sequence[UnitSpec], mesh: Mesh, groups: Sequence[Group]) -> list[dict[FlatKey, int]]:
     """The same modules gathered together everywhere, and the same parameters under each optimizer where ranks hold the
     same ones.
 
@@ -112,27 +118,25 @@ def agree_on_units(specs: Sequence[UnitSpec], mesh: Mesh) -> list[dict[FlatKey, 
         [spec.name, [[text, len(spec.flats[key]), _number(spec.flats[key])] for text, key in by_text.items()]]
         for spec, by_text in zip(specs, keys, strict=True)
     ]
-    axes = {key.axis: list(mesh.comm(key.axis).ranks) for spec in specs for key in spec.flats}
-    everyone = comm.all_gather_json({"axes": axes, "units": described})
-    lists = [[name for name, _ in told["units"]] for told in everyone]
+    everyone = comm.all_gather_json(described)
+    lists = [[name for name, _ in told] for told in everyone]
     for place in range(max(map(len, lists))):
         if len({names[place] if place < len(names) else None for names in lists}) > 1:
             mine = specs[place] if place < len(specs) else None
             inside = None if mine is None else [mine.name, *(name for names in mine.flats.values() for name in names)]
             comm.require_equal(inside, f"unit {place} (a module and its parameters, gathered together)")
-    groups = _groups(comm, [told["axes"] for told in everyone])
     table = []
     for number, spec in enumerate(specs):
-        by_rank = [{text: (count, crc) for text, count, crc in told["units"][number][1]} for told in everyone]
+        by_rank = [{text: (count, crc) for text, count, crc in told[number][1]} for told in everyone]
         texts = dict.fromkeys(text for flats in by_rank for text in flats)
         for text in texts:
             for axis, members in groups:
                 if axis == json.loads(text)[0] and len({by_rank[place].get(text) for place in members}) > 1:
-                    mine = [names for key, names in spec.flats.items() if _key_text(key) == text]
+                    here = [names for key, names in spec.flats.items() if _key_text(key) == text]
                     raise MismatchError(
                         f"the unit {spec.name or 'the root'} has different parameters under an optimizer on ranks "
                         f"{[comm.ranks[place] for place in members]} (axis, dtype, device, trained, optimizer, cut: "
-                        f"{text}); here {mine}"
+                        f"{text}); here {here}"
                     )
         table.append(
             {

@@ -112,14 +112,14 @@ def shard(
         raise ConfigError("this model is sharded already: shard a module once")
     optimizers = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     check_optimizers(model, optimizers)
-    agree_on_model(model, optimizers, mesh, config)
+    groups = agree_on_model(model, optimizers, mesh, config)
     owner: dict[int, tuple[int, Cut]] = {}
     for number, one in enumerate(optimizers):
         cut = cut_of(one, elementwise)
         for group in one.param_groups:
             owner.update((id(param), (number, cut)) for param in group["params"])
     specs = assign(model, units, owner)
-    table = agree_on_units(specs, mesh)
+    table = agree_on_units(specs, mesh, groups)
     agree_on_values(model, mesh)
     meter = Meter()
     replaced = replace_meta(model, mesh.device)
