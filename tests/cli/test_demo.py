@@ -39,7 +39,7 @@ def test_the_three_models_are_what_the_table_says(tmp_path: Path) -> None:
     (teaching, teacher), (learning, student), (_, dense) = (built(name, tmp_path) for name, _ in demo_experts.MODELS)
     assert teacher.num_experts == (0, 4, 0, 8) and teaching.mesh.ep == 2
     assert student.layers == teacher.layers - 1 and pair_layers(teacher, student) == (0, 1, 3)
-    assert learning.distill is not None and learning.distill.stop == "auto"
+    assert learning.distill is not None and learning.distill.stop == 0.6
     assert Path(learning.distill.teacher) == teaching.folder
     assert dense.moe is None
     assert dense.num_parameters() == pytest.approx(teacher.num_activated_parameters(), rel=0.01)
@@ -92,7 +92,17 @@ def test_the_table_has_sizes_answers_and_losses() -> None:
     demo_experts.show(console, run)
     assert asked == [("tasks", "train"), ("student", "distill"), ("dense", "train")]
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    for words in ("teacher", "student", "dense", "1.50M", "99.1%", "100.0%", "0.120", "0.340", "after step 300 of 450"):
+    for words in (
+        "teacher",
+        "student",
+        "dense",
+        "1.50M",
+        "99.1%",
+        "100.0%",
+        "0.120",
+        "0.340",
+        "the first 300 of its 450 steps",
+    ):
         assert words in shown, words
     assert max(map(len, shown.splitlines())) <= 100
 

@@ -82,7 +82,8 @@ def test_recomputation_replays_the_routing(world: Worlds, folder: Path) -> None:
 
 def test_tasks_are_scored_on_the_way_and_experts_told(world: Worlds, folder: Path) -> None:
     values = table(
-        folder, tasks={"examples": 400, "names": ["add", "max"]}, data={"sequence": 32}, report__task_prompts=4,
+        folder, {"gate": {"jitter": 0.1}}, tasks={"examples": 400, "names": ["add", "max"]}, data={"sequence": 32},
+        report__task_prompts=4,
         report__score_every=2, report__score_prompts=2, report__html=True, train__validate_every=0,
     )  # fmt: skip
     result = world(2).run(cases.run, values, timeout=60)[0]

@@ -36,10 +36,9 @@ def show(console: Console, run: Run) -> dict[str, dict[str, Any]]:
             for line in pictures(found[name]["experts"]):
                 console.print(f"  {line}")
     console.print(table(found))
-    ended = found["student"]["distilled"]
-    steps = found["student"]["steps"]
-    told = f"ended after step {ended} of {steps}" if ended is not None else f"lasted all {steps} steps"
-    console.print(f"  distillation {told}: it ends by itself when it raises the student's own loss")
+    ended, steps = found["student"]["distilled"], found["student"]["steps"]
+    told = "all" if ended is None else f"the first {ended}"
+    console.print(f"  the student followed its teacher for {told} of its {steps} steps")
     return found
 
 

@@ -60,26 +60,26 @@ def text(folder: Path) -> Mapping[str, Any]:
 def tasks(folder: Path) -> Mapping[str, Any]:
     """A pyramid of residual experts, half of them on each rank, that adds, reverses, sorts and finds the largest."""
     return {
-        **_task_run(folder / "task-teacher", steps=700),
+        **_task_run(folder / "task-teacher", steps=950),
         "model": {**_TASK_MODEL, "layers": 4, "moe": {**_EXPERTS, "experts": [4, 8]}},
         "mesh": {"ep": RANKS},
     }
 
 
 def student(folder: Path) -> Mapping[str, Any]:
-    """One layer less, which begins as the teacher's and learns from it until that holds it back."""
+    """One layer less, which begins as the teacher's, learns from it for three fifths of its run, then on its own."""
     return {
-        **_task_run(folder / "task-student", steps=450),
+        **_task_run(folder / "task-student", steps=500),
         "model": {**_TASK_MODEL, "layers": 3, "moe": {**_EXPERTS, "experts": [4, 8], "layers": [1, 2]}},
         "mesh": {"ep": RANKS},
-        "distill": {"teacher": str(folder / "task-teacher"), "stop": "auto", "check_every": 50, "check_batches": 4},
+        "distill": {"teacher": str(folder / "task-teacher"), "stop": 0.6},
     }
 
 
 def dense(folder: Path) -> Mapping[str, Any]:
     """As many parameters for each token as the teacher, without experts."""
     return {
-        **_task_run(folder / "task-dense", steps=700),
+        **_task_run(folder / "task-dense", steps=950),
         "model": {**_TASK_MODEL, "layers": 4},
     }
 
@@ -100,7 +100,7 @@ def _task_run(folder: Path, steps: int) -> dict[str, Any]:
         "checkpoint": {"every": 0, "resume": "never"},
         "report": {
             "task_prompts": 300,
-            "score_every": 100,
+            "score_every": 190,
             "score_prompts": 20,
             "prompts": ("add 12+35>", "reverse qzkab>", "sort qzkab>", "max 31 7 92>"),
             "sample_tokens": 10,

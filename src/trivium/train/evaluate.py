@@ -40,6 +40,8 @@ class Generator:
         rows = [list(ids) for ids in prompts] or [[self.tokenizer.end_id]]
         written: list[list[int]] = [[] for _ in rows]
         open_rows = [bool(prompts)] * len(rows)
+        training = self.model.training
+        self.model.eval()  # nothing is drawn
         for _ in range(max_tokens):
             if not self.comm.all_reduce_ints([int(any(open_rows))], "max")[0]:
                 break
@@ -53,6 +55,7 @@ class Generator:
                 row.append(ids[index])
                 written[index].append(ids[index])
                 open_rows[index] = len(row) < limit
+        self.model.train(training)
         return written[: len(prompts)]
 
     def _next(self, rows: Sequence[Sequence[int]]) -> list[int]:
