@@ -107,7 +107,8 @@ class MoE(nn.Module):
             capacity_factor = CapacityConfig(factor=capacity_factor)
         self.capacity = capacity_factor
         config = exchange if isinstance(exchange, ExchangeConfig) else ExchangeConfig(kind=exchange)
-        self.exchange, axis = _exchange(mesh, ep, config)
+        sizes = {"dim": dim, "ffn_dim": ffn_dim, "num_experts": num_experts, "top_k": top_k}
+        self.exchange, axis = _exchange(mesh, ep, config, lambda comm: comm.require_equal(sizes, f"MoE layer {layer}"))
         self._data_rank = 0 if mesh is None else mesh.data_rank
         if num_experts < self.comm_size:
             raise ConfigError(
@@ -167,6 +168,7 @@ class MoE(nn.Module):
             place = {"first_token": first} if isinstance(self.gate, Gate) else {}
             chosen = None if routing is None else routing.experts_TK
             gating: Gating = self.gate(x_TC, experts_TK=chosen, step=step, **place)
+            whole = routing is None and self.capacity is None
             routing = self._route(gating, routing, step, first)
         except Exception as error:  # whatever it is, the other ranks must not wait for this one
             if self.exchange is not None:
@@ -176,7 +178,7 @@ class MoE(nn.Module):
             y_TC = run_local(x_TC, routing, self.num_experts, self.experts)
         else:
             y_TC = run_across(x_TC, routing, self.num_experts, self.experts, self.exchange)
-        return self._add_dense(x_TC, y_TC).view(x.shape), self._aux(gating, routing)
+        return self._add_dense(x_TC, y_TC).view(x.shape), self._aux(gating, routing, whole=whole)
 
     def extra_repr(self) -> str:
         """The sizes, for ``print(model)``."""
@@ -212,7 +214,7 @@ class MoE(nn.Module):
         parts_T2 = F.softmax(self.mix(x_TC).float(), dim=-1).to(y_TC.dtype)
         return y_TC * parts_T2[:, :1] + dense_TC * parts_T2[:, 1:]
 
-    def _aux(self, gating: Gating, routing: Routing) -> Aux:
+    def _aux(self, gating: Gating, routing: Routing, *, whole: bool) -> Aux:
         balance = losses.load_balance(gating.probabilities_TE, routing.experts_TK)
         z = losses.z_loss(gating.logits_TE)
         return Aux(
@@ -221,12 +223,14 @@ class MoE(nn.Module):
             z=z,
             entropy=losses.entropy(gating.probabilities_TE),
             load=torch.bincount(routing.experts_TK.reshape(-1), minlength=self.num_experts),
-            dropped=int((~routing.kept_TK).sum()),
+            dropped=0 if whole else int((~routing.kept_TK).sum()),
             routing=routing,
         )
 
 
-def _exchange(mesh: Mesh | None, ep: int | None, config: ExchangeConfig) -> tuple[Exchange | None, str]:
+def _exchange(
+    mesh: Mesh | None, ep: int | None, config: ExchangeConfig, check: Callable[[Comm], None]
+) -> tuple[Exchange | None, str]:
     """How the ranks that share the experts exchange rows (None: this one alone), and the axis of those with the same.
 
     A coordinated exchange spreads experts over the tensor axis too, where each then lives once.
@@ -243,6 +247,7 @@ def _exchange(mesh: Mesh | None, ep: int | None, config: ExchangeConfig) -> tupl
     comm, across = _ranks(mesh, ep)
     if comm.size == 1 and not apart:
         return None, "dp"
+    check(comm)
     return make_exchange(mesh, comm, config), across
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from trivium.moe.layer import Aux
 
 
@@ -32,31 +34,32 @@ class Tally:
     """Adds up the ``aux`` of one layer's calls; `report` reads it out."""
 
     def __init__(self) -> None:
-        self._load: list[int] = []
+        self._load: torch.Tensor | None = None
+        self._entropy: torch.Tensor | None = None
         self._dropped = 0
         self._tokens = 0
-        self._entropy = 0.0
 
     def add(self, aux: Aux) -> None:
-        """Count one call. Waits for the device."""
-        load: list[int] = aux.load.tolist()
-        self._load = [a + b for a, b in zip(self._load, load, strict=True)] if self._load else load
+        """Count one call; sums stay on the device until `report`."""
         num_tokens = aux.routing.experts_TK.shape[0]
+        entropy = aux.entropy.double() * num_tokens
+        self._load = aux.load if self._load is None else self._load + aux.load
+        self._entropy = entropy if self._entropy is None else self._entropy + entropy
         self._dropped += aux.dropped
         self._tokens += num_tokens
-        self._entropy += float(aux.entropy) * num_tokens
 
     def report(self) -> RouterReport:
         """The sums so far; of nothing, all zeros."""
-        total = sum(self._load)
-        share = tuple(load / total if total else 0.0 for load in self._load)
+        counts: list[int] = [] if self._load is None else self._load.tolist()
+        total = sum(counts)
+        share = tuple(load / total if total else 0.0 for load in counts)
         spread = -sum(part * math.log(part) for part in share if part)
         return RouterReport(
-            load=tuple(self._load),
+            load=tuple(counts),
             share=share,
             dropped=self._dropped,
             drop_rate=self._dropped / total if total else 0.0,
             load_entropy=spread / math.log(len(share)) if len(share) > 1 else 0.0,
-            router_entropy=self._entropy / self._tokens if self._tokens else 0.0,
-            dead=tuple(number for number, load in enumerate(self._load) if load == 0),
+            router_entropy=0.0 if self._entropy is None or not self._tokens else float(self._entropy) / self._tokens,
+            dead=tuple(number for number, load in enumerate(counts) if load == 0),
         )
