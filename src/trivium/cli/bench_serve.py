@@ -1,0 +1,105 @@
+"""``trivium bench serve``: load on a model server, ours or any with OpenAI's completions."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trivium.base import log
+from trivium.base.errors import ConfigError
+from trivium.cli.output import data_console, print_json, word_console
+
+
+def serve(
+    model: Annotated[str | None, typer.Argument(help="A model to serve and measure; or give --url.")] = None,
+    url: Annotated[str | None, typer.Option(help="A running server, up to /v1.")] = None,
+    model_name: Annotated[str, typer.Option(help="The model's name there; default: its first.")] = "",
+    key: Annotated[str | None, typer.Option(help="Its API key.", envvar="TRIVIUM_API_KEY")] = None,
+    concurrency: Annotated[
+        str, typer.Option(help="Requests under way at once, one load each; empty: none.")
+    ] = "1,16,64",
+    rates: Annotated[str, typer.Option(help="Arrivals per second (Poisson), one load each.")] = "",
+    requests: Annotated[int, typer.Option(help="Requests per closed-loop load.")] = 64,
+    duration: Annotated[float, typer.Option(help="Seconds of arrivals per open-loop load.")] = 20.0,
+    prompt_words: Annotated[int, typer.Option(help="Words of a prompt.")] = 64,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 64,
+    ignore_eos: Annotated[bool, typer.Option(help="Answers of full length; a field beyond OpenAI's.")] = True,
+    first_ms: Annotated[float, typer.Option(help="Goodput counts answers that begin within this.")] = 1000.0,
+    gap_ms: Annotated[float, typer.Option(help="… and take at most this per further token.")] = 100.0,
+    server_option: Annotated[
+        list[str] | None, typer.Option(help="For trivium serve, as --threads=2; repeatable.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report; - for stdout.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the table.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a picture (.svg, .png, .pdf).")] = None,
+) -> None:
+    """Closed loop and open loop; time to first token, gaps, goodput."""
+    log.setup()
+    from trivium.bench.serve import COLUMNS, ServeBench, run, started, write_csv
+    from trivium.bench.serve_client import Target
+
+    if (model is None) == (url is None):
+        raise ConfigError("bench serve: give either a model to serve, or --url of a running server")
+    for path in (json_file, csv_file, plot_file):
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"{path}: the folder {path.parent} does not exist")
+    bench = ServeBench(
+        concurrency=[int(one) for one in _numbers(concurrency, "--concurrency")],
+        rates=_numbers(rates, "--rates"),
+        requests=requests,
+        duration_s=duration,
+        first_ms=first_ms,
+        gap_ms=gap_ms,
+    )
+    words = word_console()
+    with contextlib.ExitStack() as stack:
+        place = url if url is not None else stack.enter_context(started(str(model), tuple(server_option or ())))
+        target = Target(
+            url=place.rstrip("/"),
+            model=model_name,
+            key=key,
+            prompt_words=prompt_words,
+            max_tokens=max_tokens,
+            ignore_eos=ignore_eos,
+        )
+        report = run(bench, target, shlex.join([os.path.basename(sys.argv[0]), *_shown(sys.argv[1:])]), words.print)
+    if json_file is not None and str(json_file) != "-":
+        json_file.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    if csv_file is not None:
+        write_csv(report, csv_file)
+    if plot_file is not None:
+        from trivium.bench.serve_plot import plot
+
+        plot(report, plot_file)
+    if str(json_file) == "-":
+        print_json(report)
+        return
+    from rich.table import Table
+
+    table = Table(*(name.replace("_", " ") for name in COLUMNS))
+    for row in report["loads"]:
+        table.add_row(*("–" if row[name] is None else str(row[name]) for name in COLUMNS))
+    data_console().print(table)
+
+
+def _shown(arguments: list[str]) -> list[str]:
+    """The command line without a key."""
+    shown, hide = [], False
+    for argument in arguments:
+        shown.append("…" if hide else "--key=…" if argument.startswith("--key=") else argument)
+        hide = argument == "--key"
+    return shown
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ConfigError(f"{option} {text!r}: expected numbers parted by commas, such as 1,16,64") from None
