@@ -29,6 +29,8 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("train", "trivium.cli.train", "Train a language model from a configuration, alone or under torchrun."),
     ("plan", "trivium.cli.plan", "Say what a run would take in bytes and traffic before running it."),
     ("distill", "trivium.cli.distill", "Train a smaller student from a teacher, then on its own."),
+    ("generate", "trivium.cli.generate", "Answer a prompt as it comes, or a file of prompts at full speed."),
+    ("chat", "trivium.cli.chat", "Talk to a model in the terminal."),
     ("serve", "trivium.cli.serve", "Serve a model to OpenAI clients, with a page to talk to it."),
     ("convert", "trivium.cli.convert", "Turn a checkpoint into Hugging Face layout, or the other way round."),
     ("bench", "trivium.cli.bench", "Measure side by side with other trainers."),

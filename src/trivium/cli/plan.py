@@ -54,6 +54,9 @@ def plan(
         list[str] | None, typer.Option("--set", help="Override a key of CONFIG, zero.bucket_bytes=1048576.")
     ] = None,
     paper: Annotated[bool, typer.Option("--paper", help="Print the paper's Tables 1 and 2 from its formulas.")] = False,
+    serve: Annotated[str | None, typer.Option(help="Plan to serve a model's folder within --memory instead.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="With --serve: int8 or int4 weights.")] = None,
+    cache_dtype: Annotated[str, typer.Option(help="With --serve: auto, float32, bfloat16 or int8.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Forecast memory and traffic per rank from the runtime's own arithmetic. Nothing is allocated or run."""
@@ -61,8 +64,18 @@ def plan(
     if paper:
         _paper(as_json)
         return
+    if serve is not None:
+        if config is not None or preset is not None:
+            raise ConfigError("--serve MODEL plans to serve that model: leave CONFIG and --preset out")
+        from trivium.cli.plan_serving import plan_serving
+
+        plan_serving(
+            serve, memory=memory, dtype=dtype, quantize=quantize, cache_dtype=cache_dtype,
+            max_positions=sequence, as_json=as_json,
+        )  # fmt: skip
+        return
     if (config is None) == (preset is None):
-        raise ConfigError("say what to plan: CONFIG.toml, or --preset NAME, or --paper")
+        raise ConfigError("say what to plan: CONFIG.toml, or --preset NAME, or --paper, or --serve MODEL")
     if preset is not None and overrides:
         raise ConfigError("--set overrides keys of CONFIG.toml: it has no effect with --preset")
     limit = None if memory is None else parse_bytes(memory)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,6 +133,16 @@ class LLM:
         if self.tokenizer is None:
             raise RequestError(f"{self.name} has no tokenizer: give token ids instead of text", param="prompt")
         return self.tokenizer.encode(prompt)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a chat by the model's template, up to where the assistant begins.
+
+        Raises:
+            RequestError: the model has no tokenizer; ConfigError, DataError: no template, or it refuses the messages.
+        """
+        if self.tokenizer is None:
+            raise RequestError(f"{self.name} has no tokenizer: give token ids instead of messages", param="messages")
+        return self.tokenizer.chat(messages)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None

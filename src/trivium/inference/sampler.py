@@ -21,6 +21,7 @@ from trivium.inference.draw import LARGEST, best_of, draw
 from trivium.inference.request import SamplingParams, TokenLogprobs
 
 _MASK64 = (1 << 64) - 1
+_STEP = 0x9E3779B97F4A7C15
 
 Row = npt.NDArray[np.float32]
 
@@ -30,7 +31,7 @@ class Drawer:
 
     def __init__(self, params: SamplingParams, *, seed: int, choice: int, prompt: Sequence[int]) -> None:
         self.params = params
-        self._key = _mix(_mix(seed & _MASK64) ^ _mix(choice + 1) ^ ((seed >> 64) & _MASK64))
+        self._key = _mix(_mix(_mix(seed + _STEP) + (seed >> 64) + _STEP) + (choice + 1) * _STEP)
         self._seen = np.array(sorted(set(prompt)) if params.penalised else [], dtype=np.intp)
         self._said: dict[int, int] = {}
         self._bias_ids = np.array(list(params.logit_bias), dtype=np.intp)
@@ -68,7 +69,7 @@ class Drawer:
 
     def uniform(self, index: int) -> float:
         """A number in [0, 1) that depends on seed, choice and ``index`` alone."""
-        return (_mix(self._key + index * 0x9E3779B97F4A7C15) >> 11) * 2.0**-53
+        return (_mix(self._key + (index + 1) * _STEP) >> 11) * 2.0**-53
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,268 @@
+"""``trivium generate``: answer a prompt as it comes, or a file of prompts at full speed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trivium.base import log
+from trivium.base.errors import ConfigError, DataError, TriviumError
+from trivium.cli import loading
+from trivium.cli.loading import Options, given, open_llm, shown
+
+if TYPE_CHECKING:
+    from trivium.inference import LLM, Output, SamplingParams
+
+_WORD_EVERY_S = 10.0
+_LINE_BYTES = 64 << 20
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to the command line."""
+    app.command("generate")(generate)
+
+
+def generate(
+    model: loading.Model,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="The text to go on from; repeatable.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help='JSON lines: "text", [token ids], or {"prompt": …} or {"messages": …} with settings.'),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    max_tokens: loading.MaxTokens = 256,
+    temperature: loading.Temperature = None,
+    top_k: loading.TopK = None,
+    top_p: loading.TopP = None,
+    min_p: loading.MinP = None,
+    repetition_penalty: loading.RepetitionPenalty = None,
+    seed: loading.Seed = None,
+    n: Annotated[int, typer.Option("--n", help="Answers per prompt.")] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; repeatable.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token.")] = False,
+    logprobs: Annotated[int | None, typer.Option(help="Tell log-probabilities, with so many likeliest tokens.")] = None,
+    echo: Annotated[bool, typer.Option("--echo", help="Repeat the prompt before the answer.")] = False,
+    speculate: Annotated[
+        bool, typer.Option("--speculate", help="Guess tokens that stood before; same answers.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines, also on a terminal.")] = False,
+    as_text: Annotated[bool, typer.Option("--text", help="Plain text as it comes, also into a pipe or file.")] = False,
+    max_sequences: Annotated[int, typer.Option(help="Answers computed at once.")] = 64,
+    dtype: loading.DType = "auto",
+    quantize: loading.Quantize = None,
+    device: loading.Device = "auto",
+    memory: loading.Memory = None,
+    backend: loading.Backend = "auto",
+    threads: loading.Threads = None,
+    max_positions: loading.MaxPositions = None,
+    cache_dtype: loading.CacheDType = "auto",
+) -> None:
+    """Without --prompt and --file the prompt is read from stdin. One answer streams on a terminal; else JSON lines."""
+    log.setup()
+    if file is not None and prompt:
+        raise ConfigError("--file and --prompt: give one of them")
+    if as_json and as_text:
+        raise ConfigError("--json and --text: give one of them")
+    changes = given(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        seed=seed, stop=stop, logprobs=logprobs,
+    )  # fmt: skip
+    changes |= {"max_tokens": max_tokens, "n": n, "ignore_eos": ignore_eos, "echo": echo}
+    prompts: list[Any] = list(prompt or ([] if file is not None else [_read_stdin()]))
+    streams = file is None and len(prompts) == 1 and n == 1 and not as_json and (as_text or sys.stdout.isatty())
+    if as_text and not streams:
+        raise ConfigError("--text: expected one prompt with one answer; several come as JSON lines")
+    options = Options(
+        dtype=dtype, quantize=quantize, device=device, memory=memory, backend=backend, threads=threads,
+        max_positions=max_positions, cache_dtype=cache_dtype,
+    )  # fmt: skip
+    lines = None if file is None else _open(file)
+    llm = open_llm(
+        model, options, max_sequences=max_sequences, step_tokens=max(256, 4 * max_sequences), speculate=speculate
+    )
+    if streams:
+        _stream(llm, _tokens(llm, prompts[0], chat), llm.sampling(**changes))
+    else:
+        items = _items(lines, str(file)) if lines is not None else ((f"prompt {i}", p) for i, p in enumerate(prompts))
+        _batch(llm, items, changes, chat, None if file is None else _count(file))
+
+
+def _stream(llm: LLM, prompt: Any, params: SamplingParams) -> None:
+    """The answer on stdout as it comes, then a word on its speed on stderr."""
+    raw = not sys.stdout.isatty()
+    started, first, count, reason, error = time.perf_counter(), 0.0, 0, None, None
+    bare = llm.tokenizer is None
+    for delta in llm.stream(prompt, params):
+        first = first or time.perf_counter()
+        count += len(delta.token_ids)
+        text = "".join(f"{token} " for token in delta.token_ids) if bare else delta.text
+        if text:
+            print(text if raw else shown(text), end="", flush=True)
+        reason, error = delta.finish_reason, delta.error
+    print(flush=True)
+    if reason == "error":
+        raise TriviumError(f"the answer ended with an error: {error}")
+    rate = (count - 1) / max(time.perf_counter() - first, 1e-9)
+    speed = f", {rate:.1f} tokens/s" if count > 1 else ""
+    print(f"{count} tokens, first after {first - started:.2f} s{speed}, ended by {reason}", file=sys.stderr)
+
+
+def _batch(llm: LLM, items: Iterator[tuple[str, Any]], changes: dict[str, Any], chat: bool, total: int | None) -> None:
+    """One JSON line per prompt on stdout, in the order of the prompts; progress on stderr. Bad prompts fail alone."""
+    kept: dict[int, tuple[str, Any]] = {}
+    progress = _Progress(llm, total)
+    waiting: dict[int, dict[str, Any]] = {}
+    next_index = failed = 0
+
+    def asked() -> Iterator[tuple[Any, SamplingParams | None]]:
+        for index, (where, item) in enumerate(items):
+            kept[index] = (where, item)
+            yield _request(llm, where, item, changes, chat)
+
+    for index, output in llm.generate_each(asked()):
+        waiting[index] = _line(index, kept.pop(index)[1], output)
+        failed += any(choice.finish_reason == "error" for choice in output.choices)
+        while next_index in waiting:
+            print(json.dumps(waiting.pop(next_index), ensure_ascii=False), flush=True)
+            next_index += 1
+        progress.done()
+    progress.end(failed)
+    if failed:
+        raise TriviumError(f"{failed} of {next_index} prompts failed; their lines say why")
+
+
+def _request(llm: LLM, where: str, item: Any, changes: dict[str, Any], chat: bool) -> tuple[Any, SamplingParams | None]:
+    """A prompt and its settings; what is wrong with a line's own settings names the line."""
+    if not isinstance(item, dict):
+        return _tokens(llm, item, chat), llm.sampling(**changes)
+    own = {name: value for name, value in item.items() if name not in ("prompt", "messages", "id")}
+    if ("prompt" in item) == ("messages" in item):
+        raise DataError(f"{where}: expected one of prompt and messages")
+    try:
+        params = llm.sampling(**{**changes, **own})
+    except TypeError as error:
+        raise DataError(f"{where}: {str(error).rpartition('() ')[2]}") from None
+    except TriviumError as error:
+        raise DataError(f"{where}: {error}") from None
+    if "messages" in item:
+        return llm.encode_chat(item["messages"]), params
+    return _tokens(llm, item["prompt"], chat), params
+
+
+def _tokens(llm: LLM, prompt: Any, chat: bool) -> Any:
+    return llm.encode_chat([{"role": "user", "content": prompt}]) if chat else prompt
+
+
+def _line(index: int, item: Any, output: Output) -> dict[str, Any]:
+    """What is told of one prompt."""
+    choices = []
+    for choice in output.choices:
+        told: dict[str, Any] = {
+            "text": choice.text,
+            "token_ids": choice.token_ids,
+            "finish_reason": choice.finish_reason,
+        }
+        if choice.error is not None:
+            told["error"] = choice.error
+        if choice.logprobs is not None:
+            told["logprobs"] = [
+                {"token_id": one.token_id, "logprob": one.logprob, "top": [list(pair) for pair in one.top]}
+                for one in choice.logprobs
+            ]
+        choices.append(told)
+    line: dict[str, Any] = {"index": index}
+    if isinstance(item, dict) and "id" in item:
+        line["id"] = item["id"]
+    if isinstance(item, dict) and "messages" in item:
+        line["messages"] = item["messages"]
+    else:
+        line["prompt"] = item["prompt"] if isinstance(item, dict) else item
+    line |= {"prompt_tokens": len(output.prompt_token_ids), "cached_tokens": output.cached_tokens}
+    return {**line, **(choices[0] if len(choices) == 1 else {"choices": choices})}
+
+
+class _Progress:
+    """Prompts done, tokens per second, time left, on stderr: one line on a terminal, else a line now and then."""
+
+    def __init__(self, llm: LLM, total: int | None) -> None:
+        self._llm, self._total = llm, total
+        self._done = 0
+        self._started_s = self._told_s = time.perf_counter()
+        self._terminal = sys.stderr.isatty()
+
+    def done(self) -> None:
+        """One more prompt."""
+        self._done += 1
+        now = time.perf_counter()
+        if now - self._told_s >= (0.2 if self._terminal else _WORD_EVERY_S):
+            self._told_s = now
+            line = self._line(now)
+            print(
+                f"\r{line}\x1b[K" if self._terminal else line,
+                end="" if self._terminal else "\n",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def end(self, failed: int) -> None:
+        """The last word."""
+        if self._total is None and self._done <= 1:
+            return
+        start = "\r\x1b[K" if self._terminal else ""
+        words = f", {failed} failed" if failed else ""
+        print(f"{start}{self._line(time.perf_counter())}{words}", file=sys.stderr, flush=True)
+
+    def _line(self, now: float) -> str:
+        seconds = max(now - self._started_s, 1e-9)
+        rate = self._llm.stats.generated_tokens / seconds
+        of = "" if self._total is None else f" of {self._total}"
+        left = ""
+        if self._total is not None and self._done < self._total:
+            left = f", {seconds / self._done * (self._total - self._done):.0f} s left"
+        return f"{self._done}{of} prompts, {rate:.1f} tokens/s, {seconds:.0f} s{left}"
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise ConfigError("no prompt: give --prompt TEXT, --file prompts.jsonl, or text on stdin")
+    text = sys.stdin.buffer.read()
+    try:
+        return text.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"stdin is not UTF-8: byte {error.start} is 0x{text[error.start]:02x}") from None
+
+
+def _open(file: Path) -> Iterator[bytes]:
+    if file.is_dir():
+        raise DataError(f"{file} is a folder: expected a file of JSON lines")
+    try:
+        opened = file.open("rb")
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}") from None
+    return iter(lambda: opened.readline(_LINE_BYTES), b"")
+
+
+def _items(lines: Iterator[bytes], file: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{file}:{number}: not JSON: {error}") from None
+        if not isinstance(item, (str, list, dict)):
+            raise DataError(f"{file}:{number}: expected a text, a list of token ids, or an object")
+        yield f"{file}:{number}", item
+
+
+def _count(file: Path) -> int:
+    with file.open("rb") as opened:
+        return sum(1 for line in opened if line.strip())
