@@ -11,6 +11,7 @@ import typer
 
 from trivium.base import log
 from trivium.base.errors import ConfigError
+from trivium.cli.bench_serve import serve
 from trivium.cli.output import data_console, print_json, word_console
 
 
@@ -19,6 +20,8 @@ def register(app: typer.Typer) -> None:
     workloads = typer.Typer(no_args_is_help=True, help="Measure side by side with other trainers.")
     workloads.callback()(_workloads)
     workloads.command("zero", help="DDP, FSDP2, DeepSpeed and stages 0 to 3 on one model, interleaved.")(zero)
+    workloads.command("moe", help="Our MoE layer beside transformers' and DeepSpeed's, and its all-to-all.")(moe)
+    workloads.command("serve", help="Load on a model server, ours or any with OpenAI's completions.")(serve)
     app.add_typer(workloads, name="bench")
 
 
@@ -81,3 +84,35 @@ def zero(
     data.print(table(report))
     for line in targets(report):
         data.print(line)
+
+
+def moe(
+    parts: Annotated[
+        str | None, typer.Option(help="Comma-separated: layer, memory, dispatch, step, crossover; default: all.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of the layers (ranks that exchange have one each).")] = 2,
+    rounds: Annotated[int, typer.Option(help="Rounds in which every contestant has its turn.")] = 7,
+    clock: Annotated[str, typer.Option(help="wall, or cpu (with --threads 1): on a machine that is busy.")] = "wall",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report; - for stdout.")] = None,
+) -> None:
+    """Times are compared within a round only; all layers compute the same, from the same weights."""
+    log.setup()
+    from trivium.bench.moe import PARTS, MoEBench, lines, run
+
+    names = PARTS if parts is None else tuple(name.strip() for name in parts.split(","))
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ConfigError(f"{json_file}: the folder {json_file.parent} does not exist")
+    if clock not in ("wall", "cpu"):
+        raise ConfigError(f"clock={clock!r}: expected 'wall' or 'cpu'")
+    bench = MoEBench(parts=names, threads=threads, rounds=rounds, clock="cpu" if clock == "cpu" else "wall")
+    command = f"trivium bench moe --threads {threads} --rounds {rounds}"
+    command += f" --parts {shlex.quote(','.join(names))}" if parts else ""
+    command += f" --clock {clock}" if clock != "wall" else ""
+    report = run(bench, command, word_console().print)
+    if json_file is not None and str(json_file) != "-":
+        json_file.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    if str(json_file) == "-":
+        print_json(report)
+        return
+    for line in lines(report):
+        data_console().print(line)
