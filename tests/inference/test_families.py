@@ -11,6 +11,7 @@ import torch
 from tests.inference.reference import Runner, reference, reference_logits, relative_error, save
 from tests.inference.zoo import CASES, FUSED
 from trivium.inference import weights
+from trivium.kernels import registry
 from trivium.models.families import KNOWN
 
 PROMPTS = (1, 7, 129, 513)
@@ -19,8 +20,8 @@ TOLERANCE = 2e-5
 
 
 @pytest.fixture(scope="module", params=list(CASES))
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Runner]:
-    """transformers' model and ours, loaded from what it saved; every other one in several files."""
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Runner]]:
+    """transformers' model and ours on every backend, loaded from what it saved; every other one in several files."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -33,7 +34,11 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         options["save_original_format"] = False
     save(model, folder, **options)
     assert (folder / "model.safetensors.index.json").exists() == bool(number % 2)
-    return model, Runner(weights.load(folder))
+    runners = {
+        backend: Runner(weights.load(folder, layout=registry.layout(backend)), backend=backend)
+        for backend in registry.available()
+    }
+    return model, runners
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:
@@ -47,18 +52,22 @@ def test_every_family_has_a_case() -> None:
     assert tested == {family.name for family in KNOWN} - {"trivium"}
 
 
-def test_logits_at_every_position(pair: tuple[Any, Runner]) -> None:
-    model, runner = pair
+def test_logits_at_every_position(pair: tuple[Any, dict[str, Runner]]) -> None:
+    model, runners = pair
     tokens = random_tokens(300)
     expected = reference_logits(model, tokens)
     assert float(expected.std()) > 0.05 * float(expected.abs().max())
-    assert relative_error(runner.logits(tokens), expected) < TOLERANCE
-    assert relative_error(runner.logits(tokens, chunk=67), expected) < TOLERANCE
+    for runner in runners.values():
+        whole, chunked = runner.logits(tokens), runner.logits(tokens, chunk=67)
+        assert relative_error(whole, expected) < TOLERANCE
+        assert relative_error(chunked, expected) < TOLERANCE
+        assert torch.equal(whole, chunked) or not runner.executor.batch_invariant
 
 
-def test_greedy_tokens(pair: tuple[Any, Runner]) -> None:
+def test_greedy_tokens(pair: tuple[Any, dict[str, Runner]]) -> None:
     """The reference, given our tokens, must choose each of them itself: then its own greedy text is the same."""
-    model, runner = pair
+    model, runners = pair
+    runner = next(iter(runners.values()))
     prompts = [random_tokens(count, seed=count) for count in PROMPTS]
     for prompt, found in zip(prompts, runner.greedy_batch(prompts, NEW), strict=True):
         chosen = reference_logits(model, prompt + found)[len(prompt) - 1 : -1].argmax(1).tolist()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.inference.reference import Runner, reference, reference_logits, relative_error, save
 from tests.inference.test_families import TOLERANCE, random_tokens
 from tests.inference.zoo import CASES
+from tests.worlds import ROOT, child_environment
 from trivium.base.errors import CheckpointError, ConfigError
 from trivium.cli.main import run
 from trivium.inference import weights
@@ -273,3 +276,47 @@ def test_published_sizes(name: str) -> None:
     model = family.read(Settings(config, name))
     total = sum(torch.Size(shape).numel() for shape in tensors(model).values())
     assert abs(total / expected - 1) < 0.002
+
+
+def llama_folder(folder: Path, layers: int, dim: int) -> None:
+    """A bf16 llama written without a model."""
+    config = {
+        "model_type": "llama",
+        "vocab_size": 256,
+        "hidden_size": dim,
+        "intermediate_size": 3 * dim,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 64,
+    }
+    family = next(family for family in KNOWN if family.name == "llama")
+    model = family.read(Settings(config, "llama"))
+    names = {name: parts[0].name for name, parts in family.parts(model).items()}
+    shapes = tensors(model)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    made = {theirs: torch.full(shapes[ours], 0.01, dtype=torch.bfloat16) for ours, theirs in names.items()}
+    save_file(made, folder / "model.safetensors")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of memory")
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_memory_while_loading(quantize: str, tmp_path: Path) -> None:
+    """The packed weights and what packing one fused projection takes: never the model twice (416 MB without the arena)."""
+    llama_folder(tmp_path / "m", layers=10, dim=768)
+    llama_folder(tmp_path / "m-small", layers=1, dim=64)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.inference.loading_child", str(tmp_path / "m"), quantize],
+        cwd=ROOT,
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    stored = (tmp_path / "m" / "model.safetensors").stat().st_size
+    largest_fp32 = 4 * 3 * 768 * 768
+    assert told["weights"] > (0.95 if quantize == "none" else 0.45) * stored
+    assert told["extra"] < told["weights"] + 8 * largest_fp32, told
+    assert 8 * largest_fp32 < 0.4 * stored

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from trivium.inference.latent import attend_latent
-from trivium.inference.program_builder import Builder, Pack, Slot
+from trivium.inference.program_builder import Builder, Keep, Pack, Slot
 from trivium.kernels.matrix import Matrix
 from trivium.kernels.program import (
     Attend,
@@ -41,17 +41,19 @@ def compile_program(
     get: Callable[[str], torch.Tensor],
     *,
     pack: Pack,
+    keep: Keep | None = None,
     max_positions: int | None = None,
     slots: list[Slot] | None = None,
 ) -> Program:
     """The step of ``architecture`` with the weights that ``get`` returns by canonical name, each asked for in order.
 
     ``pack(name, weight)`` makes the matrix that a kernel reads; fused projections arrive as one weight under a name of
-    their own. ``max_positions`` is how many positions tables hold (None: the architecture's). ``slots`` is filled with
-    what was made of which tensors, so that weights can be replaced later.
+    their own. ``keep`` says where vectors and tables live (None: where they were made). ``max_positions`` is how many
+    positions tables hold (None: the architecture's). ``slots`` is filled with what was made of which tensors, so that
+    weights can be replaced later.
     """
     positions = architecture.max_positions if max_positions is None else max_positions
-    build = Builder(get=get, pack=pack, positions=positions, slots=slots)
+    build = Builder(get=get, pack=pack, keep=keep or _as_it_is, positions=positions, slots=slots)
     x = build.span("x", architecture.dim)
     _embed(build, architecture, x)
     for index, layer in enumerate(architecture.layers):
@@ -65,6 +67,10 @@ def compile_program(
         hidden=hidden,
         num_moe_layers=build.num_moe_layers,
     )
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def cache_spec(attention: arch.Attention) -> CacheSpec:

@@ -13,6 +13,7 @@ import torch
 from trivium.base.errors import CheckpointError, ConfigError
 from trivium.inference.source import Source
 from trivium.kernels.matrix import Format, Layout, Matrix, arrange, matrix_bytes, pack, unpack
+from trivium.memory.arena import Arena
 from trivium.models.families import Part
 
 Quantize = Literal["int8", "int4"] | None
@@ -70,6 +71,7 @@ class Packer:
         self._opened, self._dtype, self._quantize = opened, dtype, quantize
         self._keep_packed, self._layout = keep_packed, layout
         self._read: list[str] = []
+        self._arena = Arena()
         self.num_bytes = 0
 
     def get(self, name: str) -> torch.Tensor:
@@ -90,9 +92,23 @@ class Packer:
                 matrix = pack(weight, format, group=group)
             except ConfigError as error:
                 raise CheckpointError(f"{name}: {error}") from error
-        matrix = arrange(matrix, self._layout)
+        matrix = self._settled(arrange(matrix, self._layout))
         self.num_bytes += matrix_bytes(matrix)
         return matrix
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor that stays, beside the packed weights."""
+        return self._arena.keep(tensor)
+
+    def _settled(self, matrix: Matrix) -> Matrix:
+        """``matrix`` in memory of the arena: see [Note: holes] in trivium.memory.arena."""
+        scales, zeros = matrix.scales, matrix.zeros
+        return replace(
+            matrix,
+            data=self.keep(matrix.data),
+            scales=None if scales is None else self.keep(scales),
+            zeros=None if zeros is None else self.keep(zeros),
+        )
 
     def _stored(self, pieces: list[str], weight: torch.Tensor, format: Format) -> Matrix | None:
         """The stored whole numbers and scales of ``pieces``, where they are exactly ``weight`` in the right format."""

@@ -17,6 +17,7 @@ from trivium.models.rope_table import rope_table
 
 Pack = Callable[[str, torch.Tensor], Matrix]
 Make = Callable[[list[torch.Tensor]], torch.Tensor]
+Keep = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class Builder:
     """Collects one program. Registers grow to the widest use; tables of equal positions are shared."""
 
     def __init__(
-        self, *, get: Callable[[str], torch.Tensor], pack: Pack, positions: int, slots: list[Slot] | None
+        self, *, get: Callable[[str], torch.Tensor], pack: Pack, keep: Keep, positions: int, slots: list[Slot] | None
     ) -> None:
         self.operations: list[Operation] = []
         self.num_moe_layers = 0
-        self._get, self._pack, self._positions = get, pack, positions
+        self._get, self._pack, self._keep, self._positions = get, pack, keep, positions
         self._slots = slots
         self._registers: dict[str, int] = {}
         self._widths: list[int] = []
@@ -80,7 +81,7 @@ class Builder:
         """A packed weight, of the tensor ``name`` itself or made of ``pieces``."""
         pieces = pieces or (name,)
         matrix = self._pack(name, make([self._get(piece) for piece in pieces]))
-        self._keep(name, pieces, make, matrix)
+        self._note(name, pieces, make, matrix)
         return matrix
 
     def identity(self, width: int) -> Matrix:
@@ -92,8 +93,8 @@ class Builder:
 
     def tensor(self, name: str, pieces: tuple[str, ...], make: Make = join) -> torch.Tensor:
         """A table as it is stored."""
-        made = make([self._get(piece) for piece in pieces]).contiguous()
-        self._keep(name, pieces, make, made)
+        made = self._keep(make([self._get(piece) for piece in pieces]).contiguous())
+        self._note(name, pieces, make, made)
         return made
 
     def vector(self, name: str, pieces: tuple[str, ...] = (), make: Make = join) -> torch.Tensor:
@@ -103,8 +104,8 @@ class Builder:
             return make([part.float() for part in parts])
 
         pieces = pieces or (name,)
-        made = floats([self._get(piece) for piece in pieces]).clone()
-        self._keep(name, pieces, floats, made)
+        made = self._keep(floats([self._get(piece) for piece in pieces]).clone())
+        self._note(name, pieces, floats, made)
         return made
 
     def joined_vector(self, name: str, pieces: tuple[str | None, ...], widths: tuple[int, ...]) -> torch.Tensor:
@@ -168,6 +169,6 @@ class Builder:
         found = self._alibis[alibi]
         return (None, found) if alibi.rounded else (found, None)
 
-    def _keep(self, name: str, pieces: tuple[str, ...], make: Make, holds: Matrix | torch.Tensor) -> None:
+    def _note(self, name: str, pieces: tuple[str, ...], make: Make, holds: Matrix | torch.Tensor) -> None:
         if self._slots is not None:
             self._slots.append(Slot(name, pieces, make, holds))

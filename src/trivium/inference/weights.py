@@ -105,7 +105,9 @@ def load(
         keep = dtype == "auto" and isinstance(opened.source, (GptqSource, PackedSource))
         packer = Packer(opened, dtype=stored, quantize=quantize, keep_packed=keep, layout=layout)
         slots: list[Slot] = []
-        program = compile_program(model, packer.get, pack=packer.pack, max_positions=positions, slots=slots)
+        program = compile_program(
+            model, packer.get, pack=packer.pack, keep=packer.keep, max_positions=positions, slots=slots
+        )
         folder = opened.path
         tokenizer = tokenizer_of(folder)
         beside = folder if tokenizer is None else tokenizer.parent
