@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -84,15 +85,15 @@ def generate(
         dtype=dtype, quantize=quantize, device=device, memory=memory, backend=backend, threads=threads,
         max_positions=max_positions, cache_dtype=cache_dtype,
     )  # fmt: skip
-    lines = None if file is None else _open(file)
+    total = None if file is None else _count(file)
     llm = open_llm(
         model, options, max_sequences=max_sequences, step_tokens=max(256, 4 * max_sequences), speculate=speculate
     )
     if streams:
         _stream(llm, _tokens(llm, prompts[0], chat), llm.sampling(**changes))
     else:
-        items = _items(lines, str(file)) if lines is not None else ((f"prompt {i}", p) for i, p in enumerate(prompts))
-        _batch(llm, items, changes, chat, None if file is None else _count(file))
+        items = _items(file) if file is not None else ((f"prompt {i}", p) for i, p in enumerate(prompts))
+        _batch(llm, items, changes, chat, total)
 
 
 def _stream(llm: LLM, prompt: Any, params: SamplingParams) -> None:
@@ -122,18 +123,19 @@ def _batch(llm: LLM, items: Iterator[tuple[str, Any]], changes: dict[str, Any], 
     waiting: dict[int, dict[str, Any]] = {}
     next_index = failed = 0
 
-    def asked() -> Iterator[tuple[Any, SamplingParams | None]]:
+    def asked() -> Generator[tuple[Any, SamplingParams | None], None, None]:
         for index, (where, item) in enumerate(items):
             kept[index] = (where, item)
             yield _request(llm, where, item, changes, chat)
 
-    for index, output in llm.generate_each(asked()):
-        waiting[index] = _line(index, kept.pop(index)[1], output)
-        failed += any(choice.finish_reason == "error" for choice in output.choices)
-        while next_index in waiting:
-            print(json.dumps(waiting.pop(next_index), ensure_ascii=False), flush=True)
-            next_index += 1
-        progress.done()
+    with contextlib.closing(asked()) as source:
+        for index, output in llm.generate_each(source):
+            waiting[index] = _line(index, kept.pop(index)[1], output)
+            failed += any(choice.finish_reason == "error" for choice in output.choices)
+            while next_index in waiting:
+                print(json.dumps(waiting.pop(next_index), ensure_ascii=False), flush=True)
+                next_index += 1
+            progress.done()
     progress.end(failed)
     if failed:
         raise TriviumError(f"{failed} of {next_index} prompts failed; their lines say why")
@@ -240,29 +242,24 @@ def _read_stdin() -> str:
         raise DataError(f"stdin is not UTF-8: byte {error.start} is 0x{text[error.start]:02x}") from None
 
 
-def _open(file: Path) -> Iterator[bytes]:
-    if file.is_dir():
-        raise DataError(f"{file} is a folder: expected a file of JSON lines")
-    try:
-        opened = file.open("rb")
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror}") from None
-    return iter(lambda: opened.readline(_LINE_BYTES), b"")
-
-
-def _items(lines: Iterator[bytes], file: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}:{number}: not JSON: {error}") from None
-        if not isinstance(item, (str, list, dict)):
-            raise DataError(f"{file}:{number}: expected a text, a list of token ids, or an object")
-        yield f"{file}:{number}", item
+def _items(file: Path) -> Iterator[tuple[str, Any]]:
+    with file.open("rb") as opened:
+        for number, line in enumerate(iter(lambda: opened.readline(_LINE_BYTES), b""), start=1):
+            if not line.strip():
+                continue
+            try:
+                item = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{file}:{number}: not JSON: {error}") from None
+            if not isinstance(item, (str, list, dict)):
+                raise DataError(f"{file}:{number}: expected a text, a list of token ids, or an object")
+            yield f"{file}:{number}", item
 
 
 def _count(file: Path) -> int:
-    with file.open("rb") as opened:
-        return sum(1 for line in opened if line.strip())
+    """Prompts in ``file``. Raises DataError where it cannot be read."""
+    try:
+        with file.open("rb") as opened:
+            return sum(1 for line in opened if line.strip())
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}; expected a file of JSON lines") from None

@@ -1,0 +1,109 @@
+"""``trivium chat``: history, commands, Ctrl-C that stops an answer and not the chat."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.inference.folders import folder
+from tests.worlds import child_environment
+from trivium.cli import main as frame
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(folder(tmp_path_factory.mktemp("chat") / "run", max_positions=640).parent)
+
+
+def talk(monkeypatch: pytest.MonkeyPatch, model: str, *said: str, options: tuple[str, ...] = ()) -> int:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in said)))
+    return frame.run(["chat", model, "--backend", "torch", "--max-tokens", "8", *options])
+
+
+def test_a_conversation_with_memory(model, tmp_path, monkeypatch, capsys) -> None:
+    saved = tmp_path / "my chat.json"
+    said = [
+        "hello",
+        "one\\",
+        "two",
+        "/system be brief",
+        "",
+        f"/save {saved}",
+        f"/save {saved}",
+        "/reset",
+        "/retry",
+        "/bye",
+    ]
+    assert talk(monkeypatch, model, *said, "/quit", "never said") == 0
+    captured = capsys.readouterr()
+    found = json.loads(saved.read_text())
+    assert [one["role"] for one in found["messages"]] == ["system", "user", "assistant", "user", "assistant"]
+    assert [found["messages"][i]["content"] for i in (0, 1, 3)] == ["be brief", "hello", "one\ntwo"]
+    answers = [one["content"] for one in found["messages"] if one["role"] == "assistant"]
+    assert captured.out == "".join(f"{answer}\n" for answer in answers)
+    for words in ("system message set", "4 messages written", "File exists; nothing was written", "a new conversation",
+                  "nothing was said yet", "/bye: no such command"):  # fmt: skip
+        assert words in captured.err, words
+    assert talk(monkeypatch, model, "hello", "/retry") == 0
+    assert capsys.readouterr().out == f"{answers[0]}\n" * 2
+
+
+def test_a_message_that_does_not_fit_is_told_and_forgotten(model, monkeypatch, capsys) -> None:
+    assert talk(monkeypatch, model, "x" * 700, "hello") == 0
+    captured = capsys.readouterr()
+    assert "/reset begins anew" in captured.err
+    assert len(captured.out.splitlines()) >= 1
+
+
+def test_a_model_that_cannot_chat(tmp_path: Path, capsys, monkeypatch) -> None:
+    for options, words in (({"chat": False}, "no chat template"), ({"text": False}, "no tokenizer")):
+        model = str(folder(tmp_path / words, **options).parent)
+        assert talk(monkeypatch, model) == 2
+        assert f"{words}, so it cannot chat; try: trivium generate" in capsys.readouterr().err
+
+
+def wait_for(master: int, words: bytes, seconds: float = 60) -> bytes:
+    shown, deadline = b"", time.monotonic() + seconds
+    while words not in shown:
+        assert time.monotonic() < deadline, shown
+        if select.select([master], [], [], 0.1)[0]:
+            shown += os.read(master, 4096)
+    return shown
+
+
+def test_ctrl_c_stops_the_answer_and_twice_leaves(model: str) -> None:
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trivium", "chat", model, "--backend", "torch", "--max-tokens", "600"],
+        stdin=slave, stdout=slave, stderr=slave, env=child_environment({"TERM": "dumb"}), start_new_session=True,
+    )  # fmt: skip
+    os.close(slave)
+    try:
+        wait_for(master, b"> ")
+        os.write(master, b"hello\n")
+        wait_for(master, b"hello\r\n")
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        shown = wait_for(master, b"> ")
+        assert b"(stopped)" in shown or b"tokens/s" in shown
+        os.write(master, b"/help\n")
+        assert b"/save FILE" in wait_for(master, b"Ctrl-C stops an answer.")
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        wait_for(master, b"to leave)")
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+        os.close(master)
