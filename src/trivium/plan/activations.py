@@ -117,11 +117,20 @@ def activations(config: DecoderConfig, batch: Batch, dtype: torch.dtype, degrees
     alive = min(batch.tokens, HEAD_CHUNK_TOKENS)
     logits = alive * config.vocabulary * (wide + narrow)
     widened = config.vocabulary * config.dim * wide if narrow else 0
-    passing = 2 * batch.tokens * config.ffn_dim * element + stream - _last_norm_bytes(config, batch, dtype)
+    passing = batch.tokens * _passing_width(config) * element + stream - _last_norm_bytes(config, batch, dtype)
     return Activations(
         head=kept + logits + widened + stream,
         block=kept + passing + (saved if batch.recompute else 0),
     )
+
+
+def _passing_width(config: DecoderConfig) -> int:
+    """Elements per token that backward through the last block's feed-forward holds beside what was saved."""
+    moe = config.moe
+    if moe is None or not config.num_experts[-1]:
+        return 2 * config.ffn_dim
+    always = moe.shared if moe.residual == "none" else 1
+    return 2 * always * config.expert_dim + 2 * moe.top_k * config.dim
 
 
 def _last_norm_bytes(config: DecoderConfig, batch: Batch, dtype: torch.dtype) -> int:
