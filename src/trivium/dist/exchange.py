@@ -26,13 +26,13 @@ from trivium.dist.uneven import exchange_rows, gather_rows
 Kind = Literal["auto", "flat", "hierarchical", "coordinated"]
 Counts = Sequence[Sequence[int]]
 
-# Measured by `trivium bench moe` between processes of one machine (docs/moe.md): from so many ranks on, a flat message
-# of fewer bytes than this costs more than the two shorter steps. Links between machines favour the hierarchy more.
+# Provisional. Two runs of `trivium bench moe` on a loaded machine disagree: on 8 ranks one had the hierarchy ahead up to
+# 4 KiB a message, the other did not (docs/moe.md). Only used where hosts differ; to be measured again on a quiet one.
 _CROSSOVERS = ((8, 4096),)
 
 
 def crossover_bytes(num_ranks: int) -> int:
-    """Below how many bytes per flat message a hierarchical exchange is faster; 0: never, as with few ranks."""
+    """Below how many bytes per flat message `auto` takes the hierarchy; 0: never, as with few ranks."""
     return max((num_bytes for least, num_bytes in _CROSSOVERS if num_ranks >= least), default=0)
 
 
@@ -41,7 +41,7 @@ class ExchangeConfig:
     """How rows travel. ``kind``: ``flat``, one message to every rank; ``hierarchical``, inside a node of ``node``
     neighbouring ranks, then across nodes; ``coordinated``, experts spread over the tensor axis too, whose ranks hold
     identical tokens; ``auto``, hierarchical where there are several nodes and a flat message would be shorter than
-    ``crossover_bytes`` (None: what was measured, see `crossover_bytes`), else flat. ``node`` None: as many as share a
+    ``crossover_bytes`` (None: see `crossover_bytes`), else flat. ``node`` None: as many as share a
     host.
     """
 
