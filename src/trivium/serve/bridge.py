@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -22,7 +22,7 @@ from trivium.serve.served import Engine
 
 
 class Job:
-    """The engine requests of one HTTP request, one per prompt; read with `deltas` by one task."""
+    """The engine requests of one HTTP request, one per prompt; read with `take` by one task."""
 
     def __init__(self, bridge: Bridge, requests: Sequence[Request], key: int) -> None:
         self._bridge = bridge
@@ -44,23 +44,21 @@ class Job:
         """Engine requests that still have choices to end."""
         return list(self._left)
 
-    async def deltas(self) -> AsyncIterator[list[Delta]]:
-        """What has come since the last time, until every choice has ended or the job was cancelled.
+    async def take(self) -> list[Delta]:
+        """What has come since the last time; empty once every choice has ended or the job was cancelled.
 
         Raises:
             ApiError: the engine failed.
         """
-        while True:
-            if self._deltas:
-                batch, self._deltas = self._deltas, []
-                yield batch
-            elif self._failure is not None:
+        while not self._deltas:
+            if self._failure is not None:
                 raise self._failure
-            elif not self._left or self.cancelled:
-                return
-            else:
-                self._wake = asyncio.get_running_loop().create_future()
-                await self._wake
+            if not self._left or self.cancelled:
+                return []
+            self._wake = asyncio.get_running_loop().create_future()
+            await self._wake
+        batch, self._deltas = self._deltas, []
+        return batch
 
     def usage(self, prompt_tokens: int) -> dict[str, Any]:
         """Tokens so far, as OpenAI counts them; a prompt counts once for all its choices."""
@@ -80,7 +78,8 @@ class Job:
         """Take a delta; on the loop."""
         self._deltas.append(delta)
         self.generated += len(delta.token_ids)
-        self._cached[delta.request_id] = max(self._cached.get(delta.request_id, 0), delta.cached_tokens)
+        if delta.cached_tokens:
+            self._cached[delta.request_id] = delta.cached_tokens
         if delta.finish_reason is not None:
             self._left[delta.request_id] -= 1
             if not self._left[delta.request_id]:
@@ -258,12 +257,12 @@ class Bridge:
         place = (delta.request_id, delta.choice)
         count = len(delta.token_ids)
         if count:
-            metrics.generated_tokens.inc(count)
+            metrics.tokens.generated += count
             before = job.last_s.get(place)
             if before is None:
                 metrics.first_token.observe(now - job.arrived_s)
             else:
-                metrics.next_token.observe((now - before) / count)
+                metrics.tokens.gap((now - before) / count)
             job.last_s[place] = now
         if delta.finish_reason is not None:
             metrics.finished.labels(delta.finish_reason).inc()

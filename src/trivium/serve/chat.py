@@ -10,7 +10,7 @@ from typing import Any
 from trivium.inference import Delta, Request, TokenLogprobs
 from trivium.serve.bridge import Job
 from trivium.serve.errors import invalid
-from trivium.serve.exchange import Exchange
+from trivium.serve.exchange import Exchange, quoted
 from trivium.serve.logprobs import chat_logprobs
 from trivium.serve.sampling import check_context, grammar_of, refuse_undoing, sampling_params
 from trivium.serve.schema import chat_fields
@@ -112,7 +112,7 @@ class _Choice:
 
 async def _whole(service: Service, exchange: Exchange, job: Job, settings: _Settings) -> None:
     choices = [_Choice(settings.tools) for _ in range(settings.choices)]
-    async for batch in job.deltas():
+    while batch := await job.take():
         for delta in batch:
             choices[delta.choice].add(delta)
     if job.cancelled:
@@ -144,7 +144,7 @@ async def _stream(service: Service, exchange: Exchange, job: Job, settings: _Set
     writer = _Writer(service, settings)
     choices = [_Choice(settings.tools) for _ in range(settings.choices)]
     begun: set[int] = set()
-    async for batch in job.deltas():
+    while batch := await job.take():
         events: list[bytes] = []
         for delta in batch:
             if delta.choice not in begun:
@@ -159,7 +159,8 @@ async def _stream(service: Service, exchange: Exchange, job: Job, settings: _Set
                 events.append(writer.delta(delta.choice, {}, choice.finish))
         if not exchange.began:
             await exchange.start_events()
-        await exchange.chunk(b"".join(events))
+        if events:
+            await exchange.chunk(b"".join(events))
     if job.cancelled:
         return
     if settings.usage:
@@ -180,6 +181,9 @@ class _Writer:
         }
         self._head = b"data: " + json.dumps(head, ensure_ascii=False).encode()[:-1]
         self._tail = (b', "usage": null}' if settings.usage else b"}") + b"\n\n"
+        choices = range(settings.choices)
+        self._plain = [self._head + f', "choices": [{{"index": {i}, "delta": {{"content": '.encode() for i in choices]
+        self._rest = b'}, "logprobs": null, "finish_reason": null}]' + self._tail
         self._service = service
         self._top = settings.logprobs
 
@@ -190,6 +194,8 @@ class _Writer:
     def text(self, delta: Delta, text: str) -> bytes:
         """More content."""
         logprobs = "null"
+        if self._top is None:
+            return self._plain[delta.choice] + quoted(text).encode() + self._rest
         if self._top is not None:
             entries = chat_logprobs(delta.logprobs or [], self._service.token_bytes, self._top)
             logprobs = json.dumps(entries, ensure_ascii=False)

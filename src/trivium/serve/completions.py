@@ -10,7 +10,7 @@ from typing import Any
 from trivium.inference import Delta, Request, TokenLogprobs
 from trivium.serve.bridge import Job
 from trivium.serve.errors import invalid
-from trivium.serve.exchange import Exchange
+from trivium.serve.exchange import Exchange, quoted
 from trivium.serve.logprobs import completion_logprobs
 from trivium.serve.sampling import check_context, grammar_of, sampling_params
 from trivium.serve.schema import completion_fields
@@ -118,7 +118,7 @@ def _choices(settings: _Settings) -> list[_Choice]:
 
 async def _whole(service: Service, exchange: Exchange, job: Job, settings: _Settings) -> None:
     choices = _choices(settings)
-    async for batch in job.deltas():
+    while batch := await job.take():
         for delta in batch:
             choices[job.order[delta.request_id] * settings.n + delta.choice].add(delta)
     if job.cancelled:
@@ -141,23 +141,25 @@ async def _stream(service: Service, exchange: Exchange, job: Job, settings: _Set
     choices = _choices(settings)
     head = b"data: " + json.dumps(_head(service, settings), ensure_ascii=False).encode()[:-1]
     tail = (b', "usage": null}' if settings.usage else b"}") + b"\n\n"
-    async for batch in job.deltas():
+    while batch := await job.take():
         events: list[bytes] = []
         for delta in batch:
             index = job.order[delta.request_id] * settings.n + delta.choice
             choice = choices[index]
             choice.add(delta)
             choice.text.clear()
-            text = json.dumps(delta.text, ensure_ascii=False)
+            text = quoted(delta.text)
             if not delta.text and not choice.entries and delta.finish_reason is None:
                 continue
-            logprobs = json.dumps(choice.logprobs(service, settings.logprobs), ensure_ascii=False)
-            finish = json.dumps(delta.finish_reason)
+            lists = choice.logprobs(service, settings.logprobs)
+            logprobs = "null" if lists is None else json.dumps(lists, ensure_ascii=False)
+            finish = "null" if delta.finish_reason is None else f'"{delta.finish_reason}"'
             body = f'"index": {index}, "text": {text}, "logprobs": {logprobs}, "finish_reason": {finish}'
             events.append(head + f', "choices": [{{{body}}}]'.encode() + tail)
         if not exchange.began:
             await exchange.start_events()
-        await exchange.chunk(b"".join(events))
+        if events:
+            await exchange.chunk(b"".join(events))
     if job.cancelled:
         return
     if settings.usage:

@@ -19,6 +19,7 @@ from trivium.serve.strict_json import parse
 if TYPE_CHECKING:
     from trivium.serve.bridge import Job
 
+quoted: Callable[[str], str] = json.encoder.encode_basestring  # a string as JSON, other letters than ASCII as they are
 EXCHANGE_KEY = "trivium.exchange"
 _EVENTS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -125,7 +126,9 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
 
     async def chunk(self, events: bytes) -> None:
-        """Events that are already laid out."""
+        """Events that are already laid out; straight to the connection where it takes them now."""
+        if self._connection is not None and self._connection.write_chunk(events):
+            return
         await self._send({"type": "http.response.body", "body": events, "more_body": True})
 
     async def end_events(self) -> None:

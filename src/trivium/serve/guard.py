@@ -226,6 +226,21 @@ class GuardedProtocol(HttpToolsProtocol):
         """The application has the whole body: read on, to notice a client that leaves."""
         self.flow.resume_reading()
 
+    def write_chunk(self, data: bytes) -> bool:
+        """Write a chunk of the running answer's body, as uvicorn would; False where it has to go the long way.
+
+        A streamed token costs half as much like this.
+        """
+        cycle = self.cycle
+        if self.flow.write_paused or self.pipeline or not data:
+            return False
+        if not (cycle.response_started and cycle.chunked_encoding) or cycle.response_complete or cycle.disconnected:
+            return False
+        if cycle.scope["method"] == "HEAD":
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
+
     def _expect_head(self) -> None:
         self._set_deadline(self.limits.header_s, self._head_late)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 FINISH_REASONS = ("stop", "length", "tool_calls", "abort", "error")
@@ -23,12 +26,10 @@ class Metrics:
         r = self.registry
         self.prompt_tokens = Counter("trivium_prompt_tokens", "Prompt tokens taken.", registry=r)
         self.cached_tokens = Counter("trivium_prompt_tokens_cached", "Prompt tokens found in the cache.", registry=r)
-        self.generated_tokens = Counter("trivium_generation_tokens", "Tokens generated.", registry=r)
+        self.tokens = TokenTally()
+        r.register(self.tokens)
         self.first_token = Histogram(
             "trivium_time_to_first_token_seconds", "From arrival to first token.", buckets=_FIRST_TOKEN_S, registry=r
-        )
-        self.next_token = Histogram(
-            "trivium_inter_token_latency_seconds", "From a token to the next.", buckets=_NEXT_TOKEN_S, registry=r
         )
         self.whole = Histogram(
             "trivium_e2e_request_latency_seconds", "From arrival to the end.", buckets=_WHOLE_S, registry=r
@@ -52,6 +53,28 @@ class Metrics:
     def text(self) -> bytes:
         """The exposition format."""
         return generate_latest(self.registry)
+
+
+class TokenTally(Collector):
+    """What is counted for every token, in plain integers: a histogram object would cost as much as the token."""
+
+    def __init__(self) -> None:
+        self.generated = 0
+        self._counts = [0] * (len(_NEXT_TOKEN_S) + 1)
+        self._sum_s = 0.0
+
+    def gap(self, seconds: float) -> None:
+        """The time from one token to the next."""
+        self._counts[bisect.bisect_left(_NEXT_TOKEN_S, seconds)] += 1
+        self._sum_s += seconds
+
+    def collect(self) -> Iterable[Metric]:
+        """The counter and the histogram."""
+        yield CounterMetricFamily("trivium_generation_tokens", "Tokens generated.", value=self.generated)
+        edges = [*map(str, _NEXT_TOKEN_S), "+Inf"]
+        buckets = list(zip(edges, itertools.accumulate(self._counts), strict=True))
+        name = "trivium_inter_token_latency_seconds"
+        yield HistogramMetricFamily(name, "From a token to the next.", buckets=buckets, sum_value=self._sum_s)
 
 
 class _Live(Collector):

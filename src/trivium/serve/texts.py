@@ -50,7 +50,7 @@ async def embed(service: Service, exchange: Exchange) -> None:
     ]
     vectors: dict[int, torch.Tensor] = {}
     with service.generating(exchange, requests) as job, exchange.watched(job):
-        async for batch in job.deltas():
+        while batch := await job.take():
             for delta in batch:
                 if delta.collected is not None and delta.collected.hidden is not None:
                     vectors[job.order[delta.request_id]] = _pooled(delta.collected.hidden, values["pooling"])
