@@ -26,8 +26,8 @@ from trivium.dist.uneven import exchange_rows, gather_rows
 Kind = Literal["auto", "flat", "hierarchical", "coordinated"]
 Counts = Sequence[Sequence[int]]
 
-# Provisional. Two runs of `trivium bench moe` on a loaded machine disagree: on 8 ranks one had the hierarchy ahead up to
-# 4 KiB a message, the other did not (docs/moe.md). Only used where hosts differ; to be measured again on a quiet one.
+# Provisional. Two runs of `trivium bench moe` on a loaded machine disagree: on 8 ranks one had the hierarchy ahead up
+# to 4 KiB a message, the other did not (docs/moe.md). Only used where hosts differ; measure again on a quiet machine.
 _CROSSOVERS = ((8, 4096),)
 
 
