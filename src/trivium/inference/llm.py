@@ -16,6 +16,7 @@ import torch
 
 from trivium.base.errors import ConfigError, NonFiniteError, SetupError, TriviumError
 from trivium.base.units import parse_bytes
+from trivium.inference.arguments import Prompt, device_of, experts_of, many
 from trivium.inference.cache import CacheDtype, PagedCache, check_dtype
 from trivium.inference.engine import Engine, EngineConfig
 from trivium.inference.module import load_module
@@ -28,11 +29,9 @@ from trivium.inference.stats import EngineStats
 from trivium.inference.thread import EngineThread
 from trivium.inference.tokenizer import Tokenizer
 from trivium.inference.weights import DType, load
-from trivium.kernels.program import Experts, Program
 from trivium.kernels.registry import executor, layout
 from trivium.memory.meter import Meter
 
-Prompt = str | Sequence[int]
 Pooling = Literal["mean", "last"]
 _WAIT_S = 0.1
 
@@ -75,7 +74,7 @@ class LLM:
     ) -> None:
         if place is not None or mesh is not None:
             raise ConfigError("place and mesh: this version runs a model whole on one device; leave them out")
-        self.device = _device(device)
+        self.device = device_of(device)
         self._backend, self._threads = backend, threads
         form = layout(backend) if self.device == "cpu" else "plain"
         if isinstance(path_or_model, torch.nn.Module):
@@ -152,7 +151,7 @@ class LLM:
         Raises:
             RequestError: a prompt or setting that cannot be served; nothing was computed.
         """
-        tokens = [self.encode(prompt) for prompt in _many(prompts)]
+        tokens = [self.encode(prompt) for prompt in many(prompts)]
         settings = list(params) if isinstance(params, Sequence) else [params or self.sampling()] * len(tokens)
         if len(settings) != len(tokens):
             raise ConfigError(f"{len(settings)} sampling params for {len(tokens)} prompts: give one, or one each")
@@ -216,7 +215,7 @@ class LLM:
         """
         if pooling not in ("mean", "last"):
             raise ConfigError(f"pooling={pooling!r}: expected 'mean' or 'last'")
-        outputs = self._answer([self._collecting(self.encode(prompt), "hidden") for prompt in _many(prompts)])
+        outputs = self._answer([self._collecting(self.encode(prompt), "hidden") for prompt in many(prompts)])
         pooled: list[torch.Tensor] = []
         for output in outputs:
             rows = output.collected.hidden if output.collected is not None else None
@@ -290,7 +289,7 @@ class LLM:
             eos_ids=frozenset(model.generation.eos_token_ids),
             decoder=self.tokenizer,
             config=config,
-            num_experts=_experts(program),
+            num_experts=experts_of(program),
         )
 
     def _next_id(self) -> str:
@@ -391,37 +390,3 @@ class LLM:
             self._inboxes = {
                 request_id: inbox for request_id, inbox in self._inboxes.items() if self.engine.knows(request_id)
             }
-
-
-def _many(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Always a list: of one text, one list of token ids, or several of either."""
-    if isinstance(prompts, str):
-        return [prompts]
-    items = list(prompts)
-    if items and all(isinstance(item, int) for item in items):
-        return [items]  # type: ignore[list-item]
-    for index, item in enumerate(items):
-        if not isinstance(item, (str, list, tuple)):
-            raise RequestError(
-                f"prompt {index} is a {type(item).__name__}: expected text or a list of token ids", param="prompt"
-            )
-    return items  # type: ignore[return-value]
-
-
-def _experts(program: Program) -> tuple[int, ...]:
-    """Experts per MoE layer, in the order in which routing comes back."""
-    found = {
-        operation.layer: len(operation.experts) for operation in program.operations if isinstance(operation, Experts)
-    }
-    return tuple(found[layer] for layer in sorted(found))
-
-
-def _device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise ConfigError(f"device={device!r}: expected auto, cpu or cuda")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise SetupError(f"device={device!r}: torch sees no CUDA GPU here; leave device at auto")
-    return device
