@@ -119,6 +119,7 @@ def test_a_tied_head_that_is_stored_too(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "su"}}, "rope_type='su' .*computes default"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": -4}}, "factor=-4"),
+        ({"max_position_embeddings": 10**9}, "tables of 1000000000 positions would take 59.60 GiB: pass max_positions"),
         ({"model_type": "mamba"}, "model_type='mamba': Trivium computes bloom, cohere"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "computes LlamaForCausalLM"),
     ],
@@ -127,6 +128,17 @@ def test_configs_that_are_refused(values: dict[str, Any], message: str, folder: 
     """I4, and every value that cannot be computed: before a tensor is read or allocated."""
     configure(folder, **values)
     with pytest.raises((ConfigError, CheckpointError), match=message):
+        weights.load(folder)
+
+
+def test_more_experts_than_any_model_has(tmp_path: Path) -> None:
+    """I4: refused before a name is made for each."""
+    folder = save(reference(*CASES["mixtral"]), tmp_path)
+    configure(folder, num_local_experts=10**8)
+    with pytest.raises(ConfigError, match=r"100000000 .*at most 4096"):
+        weights.load(folder)
+    configure(folder, num_local_experts=4096, num_hidden_layers=4096)
+    with pytest.raises(CheckpointError, match=r"16777216 experts .*at most 262144"):
         weights.load(folder)
 
 
@@ -302,7 +314,7 @@ def llama_folder(folder: Path, layers: int, dim: int) -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of memory")
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 def test_memory_while_loading(quantize: str, tmp_path: Path) -> None:
-    """The packed weights and what packing one fused projection takes: never the model twice (416 MB without the arena)."""
+    """The packed weights and what packing one fused projection takes, never the model twice."""
     llama_folder(tmp_path / "m", layers=10, dim=768)
     llama_folder(tmp_path / "m-small", layers=1, dim=64)
     done = subprocess.run(

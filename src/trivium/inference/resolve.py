@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from trivium.base.errors import CheckpointError
 from trivium.inference.source import table
-from trivium.models.architecture import Architecture
+from trivium.models.architecture import Architecture, Moe
 from trivium.models.families import Family, Part
 from trivium.models.tensors import tensors
 
+_MOST_EXPERTS = 1 << 18
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -26,6 +28,9 @@ def resolve(where: Path, family: Family, model: Architecture, stored: Shapes, sp
     Raises:
         CheckpointError: tensors are missing, left over or of another shape; the message lists them.
     """
+    experts = sum(layer.feed_forward.experts for layer in model.layers if isinstance(layer.feed_forward, Moe))
+    if experts > _MOST_EXPERTS:
+        raise CheckpointError(f"{where}: config.json tells of {experts} experts in all layers: at most {_MOST_EXPERTS}")
     bare = bool(family.base) and not any(name.startswith(family.base) for name in stored)
     expected = tensors(model)
     found: dict[str, Part] = {}

@@ -15,6 +15,7 @@ import torch
 
 from trivium.base import config as configs
 from trivium.base.errors import CheckpointError, ConfigError
+from trivium.base.units import format_bytes
 from trivium.checkpoint import latest, strict_json
 from trivium.checkpoint.folders import read_config
 from trivium.checkpoint.reading import check_files, refuse_pickle
@@ -35,6 +36,7 @@ from trivium.models.families import Part, Settings, canonical_names, known_famil
 from trivium.models.families.trivium import TRIVIUM, decoder_architecture
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+_MOST_TABLE_BYTES = 4 << 30
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -172,20 +174,25 @@ def _own_architecture(folder: Path) -> Architecture:
 
 
 def sequence_limit(model: Architecture, asked: int | None) -> int:
-    """How long sequences may be: what was asked for, as far as the positions reach."""
+    """How long sequences may be: what was asked for, as far as the positions and the memory for their tables reach."""
     limit, trained = model.max_positions, model.max_positions
-    for layer in model.layers:
-        rope = layer.attention.rope
-        if rope is not None and rope.kind == "longrope":
+    ropes = {layer.attention.rope for layer in model.layers if layer.attention.rope is not None}
+    for rope in ropes:
+        if rope.kind == "longrope":
             trained = min(trained, rope.original_positions)
-    if asked is None:
-        return trained
-    stretches = any(
-        layer.attention.rope is not None and layer.attention.rope.kind == "dynamic" for layer in model.layers
-    )
-    unbounded = stretches or all(layer.attention.alibi is not None for layer in model.layers)
-    if asked < 1 or (asked > limit and not unbounded):
+    unbounded = any(rope.kind == "dynamic" for rope in ropes) or all(layer.attention.alibi for layer in model.layers)
+    if asked is not None and (asked < 1 or (asked > limit and not unbounded)):
         raise ConfigError(
             f"max_positions={asked}: expected 1 to {limit}, which is as far as the model's positions reach"
         )
-    return asked
+    positions = trained if asked is None else asked
+    rounded = {
+        layer.attention.alibi for layer in model.layers if layer.attention.alibi and layer.attention.alibi.rounded
+    }
+    columns = sum(rope.dim for rope in ropes) + sum(len(alibi.slopes) for alibi in rounded)
+    if 4 * columns * positions > _MOST_TABLE_BYTES:
+        raise ConfigError(
+            f"tables of {positions} positions would take {format_bytes(4 * columns * positions)}: pass max_positions, "
+            f"at most {_MOST_TABLE_BYTES // (4 * columns)}"
+        )
+    return positions

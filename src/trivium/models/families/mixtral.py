@@ -9,6 +9,7 @@ from trivium.models.families.rotary import read_rope
 from trivium.models.families.settings import Settings
 
 _OLD, _NEW = "model.layers.{layer}.block_sparse_moe", "model.layers.{layer}.mlp"
+_MOST_EXPERTS = 1 << 12
 
 
 def _read(settings: Settings) -> Architecture:
@@ -29,6 +30,8 @@ def _read(settings: Settings) -> Architecture:
 
 def top_k(settings: Settings, experts: int, default: int) -> int:
     """How many experts a token takes."""
+    if experts > _MOST_EXPERTS:
+        raise settings.wrong("num_experts", experts, f"at most {_MOST_EXPERTS}")
     found = settings.whole("num_experts_per_tok", default=default)
     if found > experts:
         raise settings.wrong("num_experts_per_tok", found, f"at most the number of experts, {experts}")
