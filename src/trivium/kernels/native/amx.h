@@ -152,13 +152,14 @@ inline void thirds_product(const Matrix& m, int64_t panel, const Prepared& x, in
   constexpr int kSlice = 8;
   for (int k = 0; k < x.chunks; k += kSlice) {
     int depth = k + kSlice < x.chunks ? kSlice : x.chunks - k;
-    for (int half = 0; half < 2; half++)
-      for (int i = 0; i < tiles; i += 2) {
-        int other = i + 1 < tiles ? i + 1 : i;  // an odd last tile runs twice
-        float* second = other == i ? sums + (size_t)tiles * 1024 : sums + (size_t)other * 1024;
+    for (int i = 0; i < tiles; i += 2) {
+      int other = i + 1 < tiles ? i + 1 : i;  // an odd last tile runs twice
+      float* first = sums + (size_t)i * 1024;
+      float* second = sums + (size_t)(other == i ? tiles : other) * 1024;
+      for (int half = 0; half < 2; half++)
         thirds_two(w + (int64_t)k * 2048 + half * 64, a + i * tile + k * 512, a + other * tile + k * 512, depth,
-                   sums + (size_t)i * 1024 + half * 32, second + half * 32, k == 0);
-      }
+                   first + half * 32, second + half * 32, k == 0);
+    }
   }
   for (int i = 0; i < tiles; i++) {
     int t = i * kThirdsTile;
