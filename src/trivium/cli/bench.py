@@ -11,6 +11,7 @@ import typer
 
 from trivium.base import log
 from trivium.base.errors import ConfigError
+from trivium.cli.bench_inference import inference
 from trivium.cli.bench_serve import serve
 from trivium.cli.output import data_console, print_json, word_console
 
@@ -22,6 +23,7 @@ def register(app: typer.Typer) -> None:
     workloads.command("zero", help="DDP, FSDP2, DeepSpeed and stages 0 to 3 on one model, interleaved.")(zero)
     workloads.command("moe", help="Our MoE layer beside transformers' and DeepSpeed's, and its all-to-all.")(moe)
     workloads.command("serve", help="Load on a model server, ours or any with OpenAI's completions.")(serve)
+    workloads.command("inference", help="Decode and prefill beside transformers and llama.cpp.")(inference)
     app.add_typer(workloads, name="bench")
 
 
@@ -115,4 +117,4 @@ def moe(
         print_json(report)
         return
     for line in lines(report):
-        data_console().print(line)
+        data_console().print(line, soft_wrap=True)

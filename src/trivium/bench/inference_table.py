@@ -1,0 +1,62 @@
+"""The inference bench's report as a table, and its ratios against what the project aims at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+# Ours, workload, the contestants of which the best is meant, and the ratio of tokens/s aimed at.
+TARGETS: tuple[tuple[str, str, tuple[str, ...], float], ...] = (
+    ("trivium bfloat16", "decode 1", ("transformers float32", "transformers bfloat16"), 1.5),
+    ("trivium bfloat16", "decode 1", ("llama.cpp BF16",), 1.0),
+    ("trivium int8", "decode 1", ("llama.cpp Q8_0",), 1.3),
+    ("trivium int4", "decode 1", ("llama.cpp Q4_0",), 1.4),
+    ("trivium int8", "decode 16", ("transformers float32", "transformers bfloat16"), 2.5),
+    ("trivium bfloat16", "prefill 512", ("transformers float32",), 1.0),
+    ("trivium int8", "prefill 512", ("transformers float32",), 1.0),
+    ("trivium int4", "prefill 512", ("transformers float32",), 1.0),
+    ("trivium bfloat16", "prefill 512", ("llama.cpp BF16",), 1.2),
+    ("trivium int8", "prefill 512", ("llama.cpp Q8_0",), 1.2),
+    ("trivium int4", "prefill 512", ("llama.cpp Q4_0",), 1.2),
+)
+SHARES = {"trivium bfloat16": 0.85, "trivium int8": 0.80, "trivium int4": 0.70}
+
+
+def table(report: dict[str, Any]) -> Table:
+    """tokens/s per contestant and workload, and the share of the read limit at batch 1."""
+    summary = report["summary"]
+    workloads = list(next(iter(summary.values()), {}))
+    made = Table(title=f"{report['shape']['name']}, {report['threads']} threads, tokens/s")
+    made.add_column("")
+    for workload in workloads:
+        made.add_column(workload, justify="right")
+    made.add_column(f"of {report['read_limit_gb_per_s']:.1f} GB/s", justify="right")
+    for name, entries in summary.items():
+        share = entries.get("decode 1", {}).get("share_of_read_limit")
+        cells = [f"{entries[workload]['tokens_per_s']:.1f}" for workload in workloads]
+        made.add_row(name, *cells, "" if share is None else f"{share:.0%}")
+    return made
+
+
+def targets(report: dict[str, Any]) -> list[str]:
+    """A line per aim that this report can tell of: the median over rounds of the ratio within a round."""
+    lines = []
+    for ours, workload, others, aim in TARGETS:
+        ratios = []
+        for round_ in report["rounds"]:
+            seconds = round_["seconds"]
+            rivals = [seconds[other][workload] for other in others if workload in seconds.get(other, {})]
+            if rivals and workload in seconds.get(ours, {}):
+                ratios.append(min(rivals) / seconds[ours][workload])
+        if ratios:
+            ratio = sorted(ratios)[len(ratios) // 2]
+            word = "met" if ratio >= aim else "missed"
+            lines.append(f"{ours}, {workload}: {ratio:.2f} × {' or '.join(others)} (aim {aim}): {word}")
+    for name, aim in SHARES.items():
+        share = report["summary"].get(name, {}).get("decode 1", {}).get("share_of_read_limit")
+        if share is not None:
+            lines.append(
+                f"{name}: {share:.0%} of the read limit (aim {aim:.0%}): {'met' if share >= aim else 'missed'}"
+            )
+    return lines
