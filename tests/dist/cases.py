@@ -8,7 +8,9 @@ import time
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
+import trivium as tv
 from trivium.base.errors import ConfigError, MismatchError, RankError, SetupError
 from trivium.dist.mesh import Mesh
 
@@ -99,16 +101,19 @@ def impossible(mesh: Any) -> list[str]:
 
 
 def die(mesh: Any, how: str) -> str:
-    """The last rank is killed while the others wait for it: what they are told."""
+    """The last rank is killed, or stopped, while the others wait for it: what they are told."""
     comm = mesh.comm("dp")
+    control = mesh.channel(comm, "control")
     comm.barrier()
     if mesh.rank == mesh.size - 1:
         time.sleep(0.3)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGSTOP if how == "stop" else signal.SIGKILL)
     began = time.monotonic()
     try:
         if how == "agree":
             comm.agree([1])
+        elif how == "stop":
+            control.agree([1])
         elif how == "all_gather":
             comm.all_gather(torch.empty(1000 * mesh.size), torch.empty(1000), "forward").wait()
         else:
@@ -116,6 +121,22 @@ def die(mesh: Any, how: str) -> str:
     except RankError as error:
         return f"{time.monotonic() - began:.1f} {error}"
     return "0 no error"
+
+
+def adopted(mesh: Any) -> dict[str, Any]:
+    """What is made of torch's own device meshes, and what is said of those that do not fit."""
+    size = mesh.size
+    whole = tv.init(device_mesh=init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "tp")))
+    found: dict[str, Any] = {axis: whole.comm(axis).ranks for axis in ("dp", "tp", "ep", "edp", "pp", "world")}
+    found["sum"] = whole.comm("dp").all_reduce_ints([mesh.rank])
+    said = []
+    for shape, names in (((size,), None), ((size,), ("data",)), ((2, size // 2), ("tp", "dp"))):
+        try:
+            tv.init(device_mesh=init_device_mesh("cpu", shape, mesh_dim_names=names))
+        except ConfigError as error:
+            said.append(str(error))
+    found["said"] = said
+    return found
 
 
 __all__ = ["SetupError"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -44,9 +45,8 @@ def test_what_differs_is_named(world: Worlds) -> None:
     assert said == ["the letter differs across ranks: rank 0 has 'b', rank 1 has 'a'"] * 3
 
 
-@pytest.mark.parametrize("how", ["agree", "all_gather", "exchange"])
-def test_a_killed_rank_is_named_at_once(how: str) -> None:
-    """T27 in one collective at a time; no launcher, so that the survivors have time to speak."""
+def killed(how: str) -> tuple[list[subprocess.Popen[str]], list[str]]:
+    """Three ranks of tests/dist/killed.py and what the first two said; no launcher, so that they have time to speak."""
     port = str(free_port())
     ranks = [
         subprocess.Popen(
@@ -62,26 +62,57 @@ def test_a_killed_rank_is_named_at_once(how: str) -> None:
         for rank in range(3)
     ]
     try:
-        said = [rank.communicate(timeout=60)[0] for rank in ranks]
+        return ranks, [rank.communicate(timeout=90)[0] for rank in ranks[:2]]
     finally:
         for rank in ranks:
-            rank.kill()
-            rank.wait()
+            if how == "stop" or rank is not ranks[2]:
+                rank.kill()
+            rank.communicate(timeout=30)
+
+
+@pytest.mark.parametrize("how", ["agree", "all_gather", "exchange"])
+def test_a_killed_rank_is_named_at_once(how: str) -> None:
+    """T27 in one collective at a time."""
+    ranks, said = killed(how)
     assert [rank.returncode for rank in ranks] == [1, 1, -9]
-    told = "\n".join(said[:2])
+    told = "\n".join(said)
     assert re.search(rf"rank 2 \(process {ranks[2].pid} on .*\) ended, which is the cause", told)
-    for line in said[:2]:
+    for line in said:
         assert "a peer was lost during" in line
         assert float(re.findall(r"told after ([0-9.]+)", line)[0]) < 10
 
 
+def test_a_stopped_rank_is_named_after_the_timeout() -> None:
+    """T28: SIGSTOP, on a channel of an axis, whose groups must have the timeout too (8 s here)."""
+    ranks, said = killed("stop")
+    told = "\n".join(said)
+    assert re.search(rf"rank 2 \(process {ranks[2].pid} on .*\) has been stopped", told)
+    assert min(float(seconds) for seconds in re.findall(r"told after ([0-9.]+)", told)) >= 7.5
+    assert max(float(seconds) for seconds in re.findall(r"told after ([0-9.]+)", told)) < 8 + 5
+
+
 def test_watch_sees_only_processes_of_this_host_that_ended() -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
-    mine, elsewhere = own_seat(), Seat("another host", 2**22 - 1)
+    mine = own_seat()
+    elsewhere = [Seat("another host", 2**22 - 1, "another boot"), Seat(mine.host, 2**22 - 1, f"{mine.space[:-2]}]")]
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    watch = Watch([mine, elsewhere, Seat(mine.host, child.pid)])
-    assert watch.gone() == (2,)  # a zombie
+    watch = Watch([mine, *elsewhere, Seat(mine.host, child.pid, mine.space)])
+    assert watch.gone() == (3,)  # a zombie
     child.wait()
-    assert watch.gone() == (2,)
-    assert f"rank 2 (process {child.pid} on {mine.host}) ended" in watch.culprits()
-    assert Watch([mine, elsewhere]).gone(patience_s=0) == ()
+    assert watch.gone() == (3,)
+    assert f"rank 3 (process {child.pid} on {mine.host}) ended" in watch.culprits()
+    assert Watch([mine, *elsewhere]).gone(patience_s=0) == ()
+
+
+def test_watch_sees_a_stopped_process() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        watch = Watch([own_seat(), Seat("here", child.pid, own_seat().space)])
+        assert watch.stopped() == ()
+        child.send_signal(signal.SIGSTOP)
+        os.waitpid(child.pid, os.WUNTRACED)
+        assert watch.stopped() == (1,)
+        assert f"rank 1 (process {child.pid} on here) has been stopped" in watch.culprits()
+    finally:
+        child.kill()
+        child.wait()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from trivium.dist import mesh as meshes
+from trivium.dist.comm import Comm
 from trivium.dist.mesh import Mesh
 from trivium.moe import MoE
 from trivium.zero.units import assign
@@ -18,8 +19,9 @@ LAYERS = (32, 64, 128)
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups without processes: making them sends nothing."""
-    monkeypatch.setattr(meshes.dist, "new_group", lambda ranks, **options: object())
+    """Groups without processes: making them sends nothing, and every rank says what this one says."""
+    monkeypatch.setattr(meshes.dist, "new_group", lambda *options, **named: object())
+    monkeypatch.setattr(Comm, "all_gather_json", lambda comm, value: [value] * comm.size)
 
 
 @pytest.mark.usefixtures("fake")

@@ -42,7 +42,7 @@ class Link:
     def watch(self, comm: Comm) -> None:
         """Learn where each rank of ``comm`` runs, to name those that are gone when a collective fails. Collective."""
         seat = own_seat()
-        self._watch = Watch([Seat(host, pid) for host, pid in comm.all_gather_json([seat.host, seat.pid])])
+        self._watch = Watch([Seat(*told) for told in comm.all_gather_json([seat.host, seat.pid, seat.space])])
 
     def lost(self, what: str, error: RuntimeError) -> RankError:
         """The error for a collective that failed because of a peer."""

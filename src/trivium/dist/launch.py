@@ -88,16 +88,26 @@ def init(
 
     Creates torch's default process group, or reuses the one that is there. ``device`` is ``auto`` (CUDA where there is
     one, otherwise the CPU), ``cpu`` or ``cuda``. ``delay_s`` is added to every collective, to measure what is hidden.
+    A collective that waits longer than ``timeout_s`` for a peer raises RankError, on every axis.
     Raises SetupError when the environment is half set or rank 0 cannot be reached, ConfigError on impossible degrees.
     """
     if device_mesh is not None:
-        return _adopt(device_mesh, delay_s)
+        return _adopt(device_mesh, delay_s, timeout_s)
     world = read_world()
     place = _device(device, world.local_rank)
     if not dist.is_initialized():
         _join(world, place, timeout_s)
         atexit.register(shutdown)
-    mesh = Mesh(rank=dist.get_rank(), size=dist.get_world_size(), device=place, ep=ep, tp=tp, pp=pp, delay_s=delay_s)
+    mesh = Mesh(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        device=place,
+        ep=ep,
+        tp=tp,
+        pp=pp,
+        delay_s=delay_s,
+        timeout_s=timeout_s,
+    )
     mesh.link.watch(mesh.comm("world"))
     atexit.register(mesh.link.close)  # runs before shutdown: the last registered goes first
     return mesh
@@ -120,7 +130,7 @@ def world_comm() -> Comm:
     return Comm("world", range(dist.get_world_size()), dist.get_rank(), dist.group.WORLD, link)
 
 
-def _adopt(device_mesh: DeviceMesh, delay_s: float) -> Mesh:
+def _adopt(device_mesh: DeviceMesh, delay_s: float, timeout_s: float) -> Mesh:
     names = device_mesh.mesh_dim_names
     if names is None:
         raise ConfigError("device_mesh has no dimension names: name them from pp, dp, ep, tp")
@@ -142,6 +152,7 @@ def _adopt(device_mesh: DeviceMesh, delay_s: float) -> Mesh:
         tp=sizes.get("tp", 1),
         pp=sizes.get("pp", 1),
         delay_s=delay_s,
+        timeout_s=timeout_s,
     )
     mesh.link.watch(mesh.comm("world"))
     atexit.register(mesh.link.close)

@@ -9,6 +9,7 @@ read different data; ``edp`` are the ranks that hold the same experts. ``world``
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -45,10 +46,22 @@ def split_rows(rows: Rows, inner: int) -> tuple[Rows, Rows]:
 
 
 class Mesh:
-    """Named axes over the processes of torch's default group. Building one is collective."""
+    """Named axes over the processes of torch's default group. Building one is collective.
+
+    ``timeout_s``: how long a collective of any axis waits for its peers; None: what torch gives a new group.
+    """
 
     def __init__(
-        self, *, rank: int, size: int, device: torch.device, ep: int = 1, tp: int = 1, pp: int = 1, delay_s: float = 0.0
+        self,
+        *,
+        rank: int,
+        size: int,
+        device: torch.device,
+        ep: int = 1,
+        tp: int = 1,
+        pp: int = 1,
+        delay_s: float = 0.0,
+        timeout_s: float | None = None,
     ) -> None:
         for name, degree in (("ep", ep), ("tp", tp), ("pp", pp)):
             if degree < 1:
@@ -65,6 +78,7 @@ class Mesh:
             )
         self.rank, self.size, self.device = rank, size, device
         self.link = Link(device, delay_s)
+        self._timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
         self._rows: dict[str, Rows] = {}
         self._comms: dict[str, Comm] = {}
         for axis, rows in axis_rows(size, ep=ep, tp=tp, pp=pp).items():
@@ -108,7 +122,7 @@ class Mesh:
         if key not in self._comms:
             backend = "gloo" if name == "control" else None
             for row in self._rows[comm.axis]:
-                group = dist.new_group(row, backend=backend) if len(row) > 1 else None
+                group = dist.new_group(row, self._timeout, backend) if len(row) > 1 else None
                 if self.rank in row:
                     self._comms[key] = Comm(comm.axis, row, self.rank, group, self.link, on_cpu=backend is not None)
         return self._comms[key]
@@ -129,7 +143,7 @@ class Mesh:
         for row in rows:
             group: dist.ProcessGroup | None = None
             if 1 < len(row) < self.size:
-                group = dist.new_group(row)
+                group = dist.new_group(row, self._timeout)
             elif len(row) == self.size and self.size > 1:
                 group = dist.group.WORLD
             if self.rank in row:
