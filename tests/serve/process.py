@@ -38,7 +38,7 @@ class Spawner:
         assert self._parent.stdin is not None
         self._parent.stdin.close()
         try:
-            self._parent.wait(10)
+            self._parent.wait(30)
         finally:
             self._parent.kill()
             self._parent.wait()
@@ -80,3 +80,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # nothing is left to be tidied up, and tidying up after torch takes a while
