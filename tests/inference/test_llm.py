@@ -15,7 +15,9 @@ from trivium.inference import LLM, RequestError, SamplingParams
 from trivium.inference.cache import block_bytes
 from trivium.kernels import registry
 from trivium.models import Decoder, DecoderConfig
+from trivium.models.decoder import Record
 from trivium.models.moe_config import MoEConfig
+from trivium.moe.routing import Routing
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 PROMPT = [5, 9, 1, 44, 7, 7, 30, 2, 18, 63, 11, 5, 9, 1, 50, 51, 52, 3, 3, 8]
@@ -272,3 +274,26 @@ def test_on_a_thread_callers_go_on(make: Callable[..., LLM]) -> None:
 def test_the_room_has_the_public_names() -> None:
     assert trivium.inference.LLM is LLM
     assert {"LLM", "SamplingParams", "Engine", "EngineThread"} <= set(trivium.inference.__all__)
+
+
+@torch.no_grad()
+def test_trainer_and_engine_agree_on_log_probabilities_and_replay_each_others_routing(
+    make: Callable[..., LLM],
+) -> None:
+    model = decoder(moe=True)
+    llm = make(model)
+    tokens = torch.tensor([PROMPT])
+    record = Record()
+    wanted = torch.log_softmax(model(tokens, record=record)[0], dim=-1)
+    trained = record.aux[1].routing
+    assert torch.equal(trained.experts_TK.int().sort(dim=1).values, llm.routing(PROMPT)[0][0].sort(dim=1).values)
+    for routing in (None, (trained.experts_TK.int(),)):
+        found = torch.log_softmax(llm.logits(PROMPT, routing=routing), dim=-1)
+        assert float((found - wanted).abs().max()) < 1e-4
+    other = (trained.experts_TK + 1) % 4
+    replayed = Routing(
+        experts_TK=other, weights_TK=trained.weights_TK, kept_TK=torch.ones_like(other, dtype=torch.bool)
+    )
+    wanted = torch.log_softmax(model(tokens, routings={1: replayed})[0], dim=-1)
+    found = torch.log_softmax(llm.logits(PROMPT, routing=(other.int(),)), dim=-1)
+    assert float((found - wanted).abs().max()) < 1e-4
