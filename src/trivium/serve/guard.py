@@ -307,8 +307,9 @@ class GuardedProtocol(HttpToolsProtocol):
             head.append(f"{name.lower()}: {value}\r\n".encode("ascii"))
         self.transport.write(b"".join([*head, b"\r\n", body]))
         self.flow.resume_reading()
-        if self.transport.can_write_eof():
+        try:
             self.transport.write_eof()
-            self._deadline = self.loop.call_later(_LINGER_S, self.transport.abort)
-        else:
-            self.transport.close()
+        except OSError:  # the client is gone already
+            self.transport.abort()
+            return
+        self._deadline = self.loop.call_later(_LINGER_S, self.transport.abort)
