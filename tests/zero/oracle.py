@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -227,14 +227,25 @@ def _gap(one: torch.Tensor, other: torch.Tensor) -> str:
 
 def compare(mesh: Any, cell: Cell) -> list[str]:
     """Train ``cell`` sharded and alone; what differs on this rank."""
-    model, alone = zoo.build(cell.model), zoo.build(cell.model)
-    optimizer, norms = train_sharded(mesh, cell, model, zoo.optimizer_for(cell.optimizer, model))
+    return compare_stages(mesh, cell, (cell.stage,))[0]
+
+
+def compare_stages(mesh: Any, cell: Cell, stages: Sequence[int]) -> list[list[str]]:
+    """Train ``cell`` sharded at each of ``stages`` and alone once, which no stage changes; what differs at each."""
+    alone = zoo.build(cell.model)
     alone_optimizer = zoo.optimizer_for(cell.optimizer, alone)
     expected = train_alone(mesh.data_size, cell, alone, alone_optimizer)
-    found = differences(model, optimizer, alone, alone_optimizer)
-    if norms != expected:
-        found.append(f"norms {norms} instead of {expected}")
-    return found
+    every = []
+    for stage in stages:
+        model = zoo.build(cell.model)
+        optimizer, norms = train_sharded(
+            mesh, replace(cell, stage=stage), model, zoo.optimizer_for(cell.optimizer, model)
+        )
+        found = differences(model, optimizer, alone, alone_optimizer)
+        if norms != expected:
+            found.append(f"norms {norms} instead of {expected}")
+        every.append(found)
+    return every
 
 
-__all__ = ["Cell", "Optimizer", "compare", "differences", "train_alone", "train_sharded"]
+__all__ = ["Cell", "Optimizer", "compare", "compare_stages", "differences", "train_alone", "train_sharded"]

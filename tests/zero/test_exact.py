@@ -75,8 +75,12 @@ def test_any_cell(world: Worlds, size: int) -> None:
     check()
 
 
-def test_a_hundred_steps(world: Worlds) -> None:
-    report(world, 2, [Cell(model="blocks", stage=stage, steps=100, clip=0.02, bucket_bytes=1024) for stage in range(4)])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_a_hundred_steps(world: Worlds, size: int) -> None:
+    """Parameters, optimizer states and every clip norm, at every stage, against the same one process."""
+    cell = Cell(model="blocks", steps=100, clip=0.02, bucket_bytes=1024)
+    found = world(size).run("tests.zero.oracle", "compare_stages", cell, (0, 1, 2, 3), timeout=200)
+    assert found == [[[]] * 4] * size
 
 
 def report(world: Worlds, size: int, every: list[Cell], **keywords: Any) -> None:
