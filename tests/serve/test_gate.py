@@ -110,6 +110,8 @@ def test_wrong_keys_take_the_same_time() -> None:  # H15: |Δ| of medians below 
         ({"Host": "localhost:9", "Origin": "http://localhost:9"}, 200),
         ({"Sec-Fetch-Site": "cross-site"}, 403),
         ({"Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 200),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403),
     ],
 )
 def test_hosts_and_origins(server: Running, headers: dict[str, str], status: int) -> None:  # H16

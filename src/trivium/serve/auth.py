@@ -67,8 +67,8 @@ class Gate:
         if any(value.decode("latin-1").lower() not in (f"http://{host}".lower(), f"https://{host}".lower())
                for value in origins):  # fmt: skip
             raise ApiError(403, "origin_not_allowed", "requests from other origins are not allowed")
-        sites = [value for key, value in headers if key == b"sec-fetch-site"]
-        if any(value == b"cross-site" for value in sites):
+        told = {key: value for key, value in headers if key.startswith(b"sec-fetch-")}
+        if told.get(b"sec-fetch-site") == b"cross-site" and told.get(b"sec-fetch-mode") != b"navigate":  # not a link
             raise ApiError(403, "origin_not_allowed", "requests from other origins are not allowed")
 
     def key_of(self, headers: Headers) -> int:
