@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 
 from tests.worlds import ROOT, Worlds, child_environment
+
+HEADER_BYTES = 20 + 32
+"""IPv4 and TCP with timestamps; loopback has no link header in its count."""
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -48,14 +50,21 @@ def test_gathering_the_next_overlaps_computing_this_one(world: Worlds) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="network namespaces are Linux's")
-def test_the_kernel_counts_the_same(tmp_path: Any) -> None:
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_kernel_counts_the_same(size: int) -> None:
+    """Every byte that the kernel sends over lo in one step of a model of ten million parameters, nothing subtracted.
+
+    Each packet carries 20 bytes of IP and 32 of TCP with timestamps. Loopback's packets hold up to 64 KiB and half of
+    them are bare acknowledgements, so these headers, and gloo's own of a few hundred bytes a message, must stay far
+    below the one percent that is left beside the paper's volume.
+    """
     prefix = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--net"]
     up = "ip link set lo up"
     if not shutil.which("unshare") or not shutil.which("ip"):
         pytest.skip("needs unshare (util-linux) and ip (iproute2)")
     if subprocess.run([*prefix, "sh", "-c", up], capture_output=True).returncode:
         pytest.skip("this machine does not permit network namespaces")
-    run = f"exec {sys.executable} -m torch.distributed.run --standalone --nproc-per-node=2 -m tests.zero.loopback_rank"
+    run = f"exec {sys.executable} -m torch.distributed.run --standalone --nproc-per-node={size} -m tests.zero.loopback_rank"
     done = subprocess.run(
         [*prefix, "sh", "-c", f"{up} && {run}"],
         cwd=ROOT,
@@ -66,6 +75,11 @@ def test_the_kernel_counts_the_same(tmp_path: Any) -> None:
     )
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("counted "))
-    for kernel, ledger, paper in json.loads(line.removeprefix("counted ")):
-        assert paper * 0.8 <= ledger <= paper * 1.01
-        assert ledger <= kernel <= ledger * 1.04
+    counted = json.loads(line.removeprefix("counted "))
+    assert len(counted) == 4
+    for stage, one in enumerate(counted):
+        assert one["paper"] >= 2 * 4 * 10_000_000 * (size - 1)
+        assert one["ledger"] <= one["kernel"] <= one["paper"] * 1.01
+        assert one["ledger"] >= one["paper"] * (0.93 if stage == 3 else 0.999)  # stage 3 keeps what both passes share
+        assert one["kernel"] <= one["ledger"] * 1.005
+        assert one["packets"] * HEADER_BYTES <= one["kernel"] * 0.005

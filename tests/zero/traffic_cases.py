@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
@@ -170,22 +171,38 @@ def growth(mesh: Any, stage: int) -> tuple[int, int]:
     return process.memory_info().rss - resident, meter.live_bytes() - counted
 
 
-def loopback(mesh: Any) -> list[tuple[int, int, int]]:
-    """For each stage: bytes the kernel counted on lo in one step, the ledger's of all ranks, and those of 2Ψ or 3Ψ."""
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """One step of all ranks, in bytes: what the kernel counted on lo, in so many packets, what the ledgers say, and the
+    paper's 2Ψ(N-1), at stage 3 3Ψ(N-1), which is N times what the paper gives each rank."""
+
+    kernel: int
+    packets: int
+    ledger: int
+    paper: int
+
+
+def loopback(mesh: Any) -> list[dict[str, int]]:
+    """A `Counted` for each stage. Between two barriers nothing else sends: this process group is alone on its lo."""
     found = []
     comm = mesh.comm("dp")
     for stage in range(4):
         model, optimizer = start(mesh, stage=stage)
         step(mesh, model, optimizer, 0)
         comm.barrier()
-        before = psutil.net_io_counters(pernic=True)["lo"].bytes_sent
+        before = psutil.net_io_counters(pernic=True)["lo"]
         comm.barrier()
         with mesh.ledger() as sent:
             step(mesh, model, optimizer, 3)
         comm.barrier()
-        after = psutil.net_io_counters(pernic=True)["lo"].bytes_sent
+        after = psutil.net_io_counters(pernic=True)["lo"]
         comm.barrier()
         numel = sum(p.numel() for p in model.parameters())
-        bound = 4 * numel * (3 if stage == 3 else 2) * (mesh.size - 1)
-        found.append((after - before, comm.all_reduce_ints([sent.bytes])[0], bound))
+        counted = Counted(
+            kernel=after.bytes_sent - before.bytes_sent,
+            packets=after.packets_sent - before.packets_sent,
+            ledger=comm.all_reduce_ints([sent.bytes])[0],
+            paper=4 * numel * (3 if stage == 3 else 2) * (mesh.size - 1),
+        )
+        found.append(asdict(counted))
     return found
