@@ -15,14 +15,16 @@ def test_states_equal_the_formula(world: Worlds, size: int) -> None:
     for results in world(size).run("tests.zero.traffic_cases", "states", timeout=150):
         for stage, result in enumerate(results):
             numel, padding, live = result["numel"], result["padding"], result["live"]
+            held_gradients = result["peak"]["gradients"]
             parameters = numel / size if stage == 3 else numel
             gradients = numel / size if stage >= 2 else numel
             optimizer = 2 * (numel / size if stage >= 1 else numel)
             expected = 4 * (parameters + gradients + optimizer)
-            held = live["parameters"] + live["gradients"] + live["optimizer"]
+            held = live["parameters"] + held_gradients + live["optimizer"]
             assert expected - 2 * 4 * padding - 16 * 200_000 * (size > 1) <= held
             assert live["parameters"] <= 4 * (parameters + padding)
-            assert live["gradients"] <= 4 * (gradients + padding)
+            assert held_gradients <= 4 * (gradients + padding)
+            assert live["gradients"] == (0 if stage >= 2 else held_gradients)  # after zero_grad
             assert live["optimizer"] <= 4 * (optimizer + 2 * padding)
             assert padding <= 0.001 * numel
             assert live == result["before"]

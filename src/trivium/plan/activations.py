@@ -84,18 +84,19 @@ def saved_rest_bytes(config: DecoderConfig, batch: Batch, dtype: torch.dtype) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """Bytes at the two moments that can be the worst: backward through the head, and through the last block.
+    """Bytes at the moments that can be the worst: backward through the head, the last block, the first (``closing``).
 
     Gradients of parameters are not in here, but what the head needs to sum them in fp32 is.
     """
 
     head: int = 0
     block: int = 0
+    closing: int = 0
 
     @property
     def peak(self) -> int:
-        """The larger of the two."""
-        return max(self.head, self.block)
+        """The largest."""
+        return max(self.head, self.block, self.closing)
 
 
 def activations(config: DecoderConfig, batch: Batch, dtype: torch.dtype, degrees: Sequence[int] = ()) -> Activations:
@@ -121,6 +122,7 @@ def activations(config: DecoderConfig, batch: Batch, dtype: torch.dtype, degrees
     return Activations(
         head=kept + logits + widened + stream,
         block=kept + passing + (saved if batch.recompute else 0),
+        closing=each[0] + passing + saved_rest_bytes(config, batch, dtype) - _last_norm_bytes(config, batch, dtype),
     )
 
 

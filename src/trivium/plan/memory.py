@@ -27,7 +27,9 @@ class Memory:
     ``gathered`` is a peak: two neighbouring units beside those that stay. ``local_gradients`` are a rank's own, from
     where autograd leaves them until they are reduced (``no_sync``: all of them until the first backward that syncs).
     ``gathered``, ``local_gradients`` and ``activations`` are each the most there is of it; ``passing`` the most of all
-    three together. ``step`` is what the optimizer's step needs for a moment, when they are gone.
+    three together, early in backward; ``returned`` of the gradients are not there yet then, since ``zero_grad`` gives
+    sharded ones back. ``closing`` is the most of the three late in backward, when all gradients are, and ``step`` what
+    the optimizer's step needs for a moment, when activations are gone.
     """
 
     parameters: int
@@ -39,6 +41,8 @@ class Memory:
     local_gradients: int = 0
     activations: int = 0
     passing: int = 0
+    returned: int = 0
+    closing: int = 0
     module_buffers: int = 0
     step: int = 0
 
@@ -51,7 +55,7 @@ class Memory:
     def total(self) -> int:
         """The most that is held at once."""
         lasting = self.states + self.buffers + self.sums + self.module_buffers
-        return lasting + max(self.passing, self.step)
+        return lasting + max(self.passing - self.returned, self.closing, self.step)
 
 
 def memory(
@@ -79,6 +83,8 @@ def memory(
         local_gradients=_local_gradients(units, zero, everything),
         activations=activations.peak,
         passing=_passing(units, zero, everything, activations),
+        returned=sum(_reduced(unit, zero) for unit in units[:-1]) if zero.row.gradient and accumulation == 1 else 0,
+        closing=_closing(units, zero, everything) + activations.closing,
         module_buffers=module_buffers,
         step=max((_widened(flat, zero) for flat in trainable), default=0),
     )
@@ -86,6 +92,11 @@ def memory(
 
 def _held(flat: PlannedFlat, dtype: torch.dtype, *, sharded: bool) -> int:
     return (flat.layout.shard_numel if sharded else flat.layout.numel) * dtype.itemsize
+
+
+def _reduced(unit: PlannedUnit, zero: ZeroConfig) -> int:
+    """A unit's gradients, sharded."""
+    return sum(_held(flat, flat.gradient_dtype(zero), sharded=True) for flat in unit.flats if flat.trainable)
 
 
 def _optimizer(flat: PlannedFlat, zero: ZeroConfig, rank: int, copies: int) -> int:
@@ -158,6 +169,16 @@ def _passing(units: Sequence[PlannedUnit], zero: ZeroConfig, everything: bool, a
         at_head += kept + ahead
         at_block += gathered - (last.whole_bytes if last.name else 0)
     return max(at_head + activations.head, at_block + activations.block)
+
+
+def _closing(units: Sequence[PlannedUnit], zero: ZeroConfig, everything: bool) -> int:
+    """Parameters and local gradients at the end of backward, through the first units, less what is not reduced yet."""
+    if everything:
+        return sum(unit.trainable_bytes for unit in units) + (_gathered(units, zero) if zero.row.parameter else 0)
+    first = [unit for unit in units if unit.name][:2]
+    gathered = sum(unit.whole_bytes for unit in units if unit.keep or unit in first) if zero.row.parameter else 0
+    missing = sum(_reduced(unit, zero) for unit in first) if zero.row.gradient else 0
+    return gathered + _waiting(units) + max((_arriving(unit, zero) for unit in first), default=0) - missing
 
 
 def _widened(flat: PlannedFlat, zero: ZeroConfig) -> int:

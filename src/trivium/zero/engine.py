@@ -6,8 +6,7 @@ ZeRO sections 5.2 and 5.3: gradients go to their owner as soon as a unit's are c
 Flats are reduced in one order on every rank: that in which rank 0 completed them in the first backward. A flat is
 launched as soon as it
 is complete here and all before it have been launched; the rest follow at the end of backward, when the ranks have
-told each other which parameters were used. A flat that nobody used is not reduced, a parameter that nobody used is
-skipped.
+told each other which parameters were used. What nobody used, flat or parameter, is not reduced and is skipped.
 
 [Note: when to wait for a reduction]
 Before a backward pass the ranks compare what their graphs will use. Where it is the same (and the same as when the
@@ -218,7 +217,7 @@ class Engine:
                 )
 
     def zero_grad(self, flats: Sequence[Flat]) -> None:
-        """Forget reduced and local gradients of ``flats``; their memory stays for the next step."""
+        """Forget reduced and local gradients of ``flats``; where they are sharded, their memory is given back."""
         for flat in flats:
             number = self._number[id(flat)]
             self._has_sum.discard(number)
@@ -227,6 +226,7 @@ class Engine:
             self._clear_segments(flat)
             for param in flat.params:
                 param.grad = None
+            flat.drop_gradient()
         if not self._has_sum:
             self.finite = True
         self._learn_accumulation()

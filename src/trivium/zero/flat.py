@@ -190,6 +190,15 @@ class Flat:
             self.gradient_views = () if self.row.gradient else self._views_of(self.gradient)
         return self.gradient
 
+    def drop_gradient(self) -> None:
+        """Give a sharded gradient's memory back until the next backward: activations peak before it returns.
+
+        A replicated one stays: it is what the next pass accumulates into and sends from.
+        """
+        if self.gradient is not None and self.row.gradient:
+            self.meter.add("gradients", -self.gradient.numel() * self.gradient.element_size())
+            self.gradient, self.gradient_views = None, ()
+
     def own_gradient(self) -> torch.Tensor:
         """This rank's shard of the reduced gradient."""
         if self.gradient is None:
