@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -13,8 +15,10 @@ from tests.cli import demo_cases
 from tests.train import cases
 from tests.worlds import Worlds
 from trivium.base import config as configs
-from trivium.base.errors import ConfigError
-from trivium.cli import demo, demo_experts, demo_runs
+from trivium.base.errors import ConfigError, TriviumError
+from trivium.cli import demo, demo_ask, demo_experts, demo_runs
+from trivium.cli.main import run
+from trivium.inference import LLM, Answer, Output, TokenLogprobs
 from trivium.models import DecoderConfig
 from trivium.plan.configured import decoder_of
 from trivium.train.config import TrainConfig
@@ -112,3 +116,91 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not empty and holds no earlier demo"):
         demo._empty(tmp_path)
     assert (tmp_path / "thesis.txt").exists()
+
+
+@pytest.fixture(scope="module")
+def taught(world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo's folder with a task model of a few steps in it."""
+    folder = tmp_path_factory.mktemp("taught")
+    world(2).run(demo_cases.teach, str(folder), timeout=120)
+    return folder
+
+
+def test_the_checkpoint_answers_the_same_alone_and_in_a_batch(taught: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    promised: list[tuple[bool, str]] = []
+    found = demo_ask.show(console, demo_runs.teacher(taught), lambda kept, words: promised.append((kept, words)))
+    assert len(found.texts) == found.same == demo_ask.BATCH
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert str(taught / "task-teacher" / "step-00000006") in shown
+    assert all(f"  {prompt}{text}" in shown for (prompt, _), text in zip(demo_ask.ASKED, found.texts, strict=False))
+    assert "tokens/s one after the other" in shown
+    if LLM(demo_runs.teacher(taught), device="cpu").engine.executor.batch_invariant:
+        assert promised == [(True, "32 of 32 answers the same alone and in a batch of 32, bit for bit")]
+    else:
+        assert not promised and "does not promise it" in shown
+
+
+def test_part_five_ends_with_how_to_talk_to_the_model(taught: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["demo", "--part", "5", "--folder", str(taught)]) == 0
+    model = str(taught / "task-teacher")
+    last = [shlex.split(line)[1:] for line in capsys.readouterr().out.rstrip().splitlines()[-3:]]
+    assert last == [["chat", model], ["serve", model], ["generate", model, "--prompt", "sort qzkab>"]]
+    assert run([*last[2], "--max-tokens", "3"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["prompt"] == "sort qzkab>" and answer["token_ids"]
+
+
+def test_chat_asks_as_the_model_was_taught(taught: Path) -> None:
+    llm = LLM(demo_runs.teacher(taught), device="cpu")
+    asked = llm.encode("sort qzkab>")
+    for said in ("sort qzkab>", "sort qzkab", " sort qzkab> "):
+        messages = [{"role": "user", "content": "add 1+2"}, {"role": "assistant", "content": "3"}]
+        assert llm.encode_chat([*messages, {"role": "user", "content": said}]) == asked
+
+
+@pytest.mark.parametrize("wrong", ["token", "bits"])
+def test_an_answer_that_differs_in_a_batch_breaks_the_promise(
+    wrong: str, taught: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Unsteady:
+        """Answers one prompt of a batch otherwise than alone."""
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.engine = self.executor = self
+            self.name, self.batch_invariant = "unsteady", True
+
+        def generate(self, prompts: str | list[str], _: Any) -> list[Output]:
+            many = [prompts] if isinstance(prompts, str) else prompts
+            return [self._output(len(many) > 1 and index == 3) for index in range(len(many))]
+
+        @staticmethod
+        def _output(other: bool) -> Output:
+            token = 8 if other and wrong == "token" else 7
+            told = TokenLogprobs(token_id=7, logprob=-0.5 if not other or wrong == "token" else -0.5 - 2**-53, top=())
+            answer = Answer(text="a", token_ids=[token], logprobs=[told], finish_reason="stop")
+            return Output(prompt_token_ids=[1], choices=[answer])
+
+    monkeypatch.setattr("trivium.inference.LLM", Unsteady)
+    assert run(["demo", "--part", "5", "--folder", str(taught)]) == 1
+    told = capsys.readouterr()
+    assert "✗ 31 of 32 answers the same alone and in a batch of 32" in told.out
+    assert "not kept: 31 of 32 answers" in told.err
+
+
+def test_an_answer_that_failed_is_not_the_same_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        def generate(self, prompts: str | list[str], _: Any) -> list[Output]:
+            count = 1 if isinstance(prompts, str) else len(prompts)
+            answer = Answer(finish_reason="error", error="no room")
+            return [Output(prompt_token_ids=[1], choices=[answer]) for _ in range(count)]
+
+    with pytest.raises(TriviumError, match="'sort a>' was not answered: no room"):
+        demo_ask.compare(Failing(), ["sort a>"])  # type: ignore[arg-type]
+
+
+def test_part_five_alone_needs_what_part_four_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "same.json").write_text("{}")
+    assert run(["demo", "--part", "5", "--folder", str(tmp_path)]) == 2
+    assert "run the demo's part 4 into this folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["same.json"]

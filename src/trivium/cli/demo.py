@@ -1,7 +1,7 @@
-"""``trivium demo``: the whole of this version on one screen: plan, one hash, learning, experts that answer, report.
+"""``trivium demo``: the whole of this version on one screen: plan, one hash, learning, experts, the engine, report.
 
-ZeRO sections 5 and 7, DeepSpeed-MoE section 4, on this machine's cores, in minutes; everything it shows is computed
-while one watches.
+ZeRO sections 5 and 7, DeepSpeed-MoE section 4, DeepSpeed Inference section 3.1, on this machine's cores, in minutes;
+everything it shows is computed while one watches.
 """
 
 from __future__ import annotations
@@ -25,38 +25,44 @@ from rich.table import Table
 
 from trivium.base.errors import ConfigError, TriviumError
 from trivium.base.units import format_bytes, format_count
-from trivium.cli import demo_experts, demo_runs, launching
+from trivium.cli import demo_ask, demo_experts, demo_runs, launching
 from trivium.cli.output import data_console
 
 KILLED_AT, SAVED_EVERY = 16, 8
+ASK = 5
 REQUIRED_SHARE = 0.95
 REQUIRED_RATIO = 0.7
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command line."""
-    app.command("demo", help="See it all work on this machine: plan, same hashes, learning, experts, report.")(demo)
+    app.command("demo", help="See it all work on this machine: plan, same hashes, learning, experts, answers.")(demo)
 
 
 def demo(
     folder: Annotated[Path, typer.Option("--folder", help="Where the demo writes; emptied first.")] = Path("runs/demo"),
     text: Annotated[bool, typer.Option("--text", help="Train the half-hour text model instead.")] = False,
-    part: Annotated[int | None, typer.Option("--part", min=1, max=4, help="Only this one of the four parts.")] = None,
+    part: Annotated[
+        int | None, typer.Option("--part", min=1, max=5, help="Only this one of the five; 5 asks what part 4 left.")
+    ] = None,
     svg: Annotated[Path | None, typer.Option("--svg", help="Also write the screen as a picture.")] = None,
     launched: Annotated[Path | None, typer.Option("--launched", hidden=True)] = None,
     terminal: Annotated[bool, typer.Option("--terminal", hidden=True)] = False,
 ) -> None:
-    """Runs on two ranks, on the CPU, in about seven minutes on two cores; exits 1 if a promise is not kept."""
+    """Runs on two ranks, on the CPU, in minutes on two cores; exits 1 if a promise is not kept."""
     if launched is not None:
         code, _ = launching.as_rank(launched, lambda: _rank(folder))
         raise typer.Exit(code)
     if text:
         raise typer.Exit(_half_hour())
-    _empty(folder)
+    if part == ASK:
+        demo_ask.newest(demo_runs.teacher(folder))
+    else:
+        _empty(folder)
     console = data_console()
     console.record = svg is not None
     shown = _Demo(folder, console)
-    parts = ((shown.plan,), (shown.same, shown.killed), (shown.learn,), (shown.answer,))
+    parts = ((shown.plan,), (shown.same, shown.killed), (shown.learn,), (shown.answer,), (shown.ask,))
     for one in parts if part is None else parts[part - 1 : part]:
         for show in one:
             show()
@@ -77,6 +83,7 @@ class _Demo:
         self._hash = ""
         self._begun = time.monotonic()
         self._reports: list[str] = []
+        self._asked = False
         self._files = {name: self._write(name) for name in ("same", "text", "tasks", "student", "dense")}
 
     def plan(self) -> None:
@@ -172,16 +179,26 @@ class _Demo:
         self._promise(worst >= REQUIRED_SHARE, f"every task at {REQUIRED_SHARE:.0%} or more")
         self._reports += [answer["report"] for answer in found.values()]
 
+    def ask(self) -> None:
+        """The teacher's checkpoint answers through the engine, alone and in a batch."""
+        self._head(str(ASK), "The teacher's checkpoint, answering through tv.inference.LLM")
+        demo_ask.show(self.console, demo_runs.teacher(self.folder), self._promise)
+        self._asked = True
+
     def end(self) -> None:
-        """Where the pictures are, and what to type next."""
+        """Where the pictures are, and what to type next: last of all how to talk to the model."""
         pictures = " Pictures, offline:" if self._reports else ""
-        self._head("5", f"Done in {time.monotonic() - self._begun:.0f} s.{pictures}")
+        self._head("6", f"Done in {time.monotonic() - self._begun:.0f} s.{pictures}")
         for report in self._reports:
             self.console.print(f"  {report}", soft_wrap=True)
         program = Path(sys.executable).with_name("trivium")
         shown = os.path.relpath(program) if program.is_file() else "trivium"
         self.console.print(f"  next: {shown} train configs/stdlib.toml --ranks 2", soft_wrap=True)
         self.console.print("        your own text: --set 'data.paths=[\"folder\"]'")
+        if self._asked:
+            self.console.print(f"  talk to the model; {demo_ask.PROMPT!r} is what it has learned to answer:")
+            for line in demo_ask.commands(shown, demo_runs.teacher(self.folder)):
+                self.console.print(f"        {line}", soft_wrap=True)
 
     def _same_count(self) -> int:
         from trivium.base import config as configs

@@ -57,10 +57,15 @@ def text(folder: Path) -> Mapping[str, Any]:
     }
 
 
+def teacher(folder: Path) -> Path:
+    """Where the run of `tasks` lies."""
+    return folder / "task-teacher"
+
+
 def tasks(folder: Path) -> Mapping[str, Any]:
     """A pyramid of residual experts, half of them on each rank, that adds, reverses, sorts and finds the largest."""
     return {
-        **_task_run(folder / "task-teacher", steps=950),
+        **_task_run(teacher(folder), steps=950),
         "model": {**_TASK_MODEL, "layers": 4, "moe": {**_EXPERTS, "experts": [4, 8]}},
         "mesh": {"ep": RANKS},
     }
@@ -72,7 +77,7 @@ def student(folder: Path) -> Mapping[str, Any]:
         **_task_run(folder / "task-student", steps=500),
         "model": {**_TASK_MODEL, "layers": 3, "moe": {**_EXPERTS, "experts": [4, 8], "layers": [1, 2]}},
         "mesh": {"ep": RANKS},
-        "distill": {"teacher": str(folder / "task-teacher"), "stop": 0.6},
+        "distill": {"teacher": str(teacher(folder)), "stop": 0.6},
     }
 
 

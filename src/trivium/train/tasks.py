@@ -20,6 +20,10 @@ from trivium.train.data.tokenizer import Tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 CHARACTERS = " +>0123456789" + LETTERS
+# In a chat every message is a question of its own; whoever leaves out the last ">" is understood too.
+CHAT_TEMPLATE = (
+    "{% set asked = messages[-1].content | trim %}{{ asked }}{% if not asked.endswith('>') %}{{ '>' }}{% endif %}"
+)
 Evaluate = Callable[[Sequence[str]], Sequence[str]]
 
 
@@ -117,7 +121,7 @@ def is_held_out(prompt: str, share: float) -> bool:
 
 def tokenizer() -> Tokenizer:
     """One token per character of the tasks' alphabet, and one for each task's name with the space after it."""
-    return Tokenizer.of_characters(CHARACTERS, [f"{name} " for name in _MAKERS])
+    return Tokenizer.of_characters(CHARACTERS, [f"{name} " for name in _MAKERS], template=CHAT_TEMPLATE)
 
 
 def corpus(examples: Sequence[Example], using: Tokenizer) -> Corpus:

@@ -71,7 +71,7 @@ class Tokenizer:
         return cls(backend)
 
     @classmethod
-    def of_characters(cls, characters: str, words: Sequence[str] = ()) -> Tokenizer:
+    def of_characters(cls, characters: str, words: Sequence[str] = (), *, template: str = TEMPLATE) -> Tokenizer:
         """One token per character, and one for each of ``words`` wherever it stands; other characters are refused."""
         vocabulary = {token: index for index, token in enumerate((*CONTROL, UNKNOWN, *dict.fromkeys(characters)))}
         backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
@@ -79,7 +79,7 @@ class Tokenizer:
         backend.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
         backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), behavior="isolated")
         backend.decoder = decoders.Fuse()
-        return cls(backend)
+        return cls(backend, template=template)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
