@@ -95,6 +95,7 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp does not load {path}")
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = 4096, 2048, 512, 16
+        params.kv_unified = True  # else each sequence gets a sixteenth of the cells
         params.n_threads = params.n_threads_batch = threads
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         self._vocabulary = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
