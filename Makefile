@@ -1,4 +1,4 @@
-# Every target makes .venv when there is none and installs into it when pyproject.toml has changed.
+# Every target makes .venv when there is none and installs into it when what is installed or compiled has changed.
 #
 #   make demo | demo-text | test | lint | docs | clean
 #   make demo PYTHON=python3.12                                     another interpreter
@@ -8,6 +8,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 VENV ?= .venv
 
+SOURCES = pyproject.toml constraints.txt setup.py src/trivium/kernels/build.py $(wildcard src/trivium/kernels/native/*.h src/trivium/kernels/native/*.cpp)
 PIP_ARGS = -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 BIN = $(VENV)/bin
@@ -48,12 +49,12 @@ $(VENV)/bin/python:
 	  echo "error: '$(PYTHON)' has no venv. Install it, for example: apt-get install python3-venv" >&2; exit 3; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.run: $(SOURCES) | $(VENV)/bin/python
 	@echo "Installing into $(VENV) (torch is the large part) ..."
 	$(PIP) $(PIP_ARGS) -e .
 	@touch $@
 
-$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.test: $(SOURCES) | $(VENV)/bin/python
 	@echo "Installing into $(VENV), with what the tests and the documentation need ..."
 	$(PIP) $(PIP_ARGS) -e '.[test,docs]'
 	@touch $@ $(VENV)/.run

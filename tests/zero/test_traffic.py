@@ -64,7 +64,8 @@ def test_the_kernel_counts_the_same(size: int) -> None:
         pytest.skip("needs unshare (util-linux) and ip (iproute2)")
     if subprocess.run([*prefix, "sh", "-c", up], capture_output=True).returncode:
         pytest.skip("this machine does not permit network namespaces")
-    run = f"exec {sys.executable} -m torch.distributed.run --standalone --nproc-per-node={size} -m tests.zero.loopback_rank"
+    launch = f"torch.distributed.run --standalone --nproc-per-node={size}"
+    run = f"exec {sys.executable} -m {launch} -m tests.zero.loopback_rank"
     done = subprocess.run(
         [*prefix, "sh", "-c", f"{up} && {run}"],
         cwd=ROOT,

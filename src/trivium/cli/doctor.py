@@ -47,6 +47,8 @@ _FEATURES = {
 }
 _EXTRAS = {
     "deepspeed": "bench",
+    "starlette": "serve",
+    "llguidance": "serve",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "transformers": "test",
@@ -102,6 +104,7 @@ def look() -> list[Check]:
         check_ports,
         check_ranks,
         check_compiler,
+        check_kernels,
         check_extras,
     )
     checks = []
@@ -289,6 +292,18 @@ def check_compiler() -> Check:
             return Check(name="compiler", status="ok", found=path, data={"path": path})
     fix = "apt-get install g++ (macOS: xcode-select --install), only for torch.compile and native kernels"
     return Check(name="compiler", status="note", found="no C++ compiler", fix=fix, data={"path": None})
+
+
+def check_kernels() -> Check:
+    """Which kernels generation runs on, and what is lost without the native ones."""
+    from trivium.kernels import registry
+
+    variants = registry.native_variants()
+    said = registry.explain().removeprefix("kernels: ")
+    if variants and variants[0] != "generic":
+        return Check(name="kernels", status="ok", found=said, data={"variants": list(variants)})
+    fix = "python -m trivium.kernels.build (needs a C++ compiler: apt-get install g++)"
+    return Check(name="kernels", status="note", found=said, fix=fix, data={"variants": list(variants)})
 
 
 def check_extras() -> Check:
