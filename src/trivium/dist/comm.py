@@ -6,12 +6,17 @@ ZeRO section 7: reduce-scatter and all-gather are what the volumes 2Ψ and 3Ψ a
 gloo's reduce-scatter is an all-reduce inside (twice the bytes) and NCCL's adds in ring order, which depends on the
 number of ranks. So an *ordered* reduction is an all-to-all, which moves exactly (N-1)/N of the tensor, followed by a
 local sum in rank order. It gives a fixed order of summation and fp32 accumulation over a 16-bit wire.
+
+[Note: frames]
+gloo aborts the process where two ranks send messages of different lengths. So an agreement that may meet another one
+starts with a frame of fixed length, which holds what it is about; ranks that came for different things find out there.
 """
 
 from __future__ import annotations
 
 import json
 import time
+import zlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -23,6 +28,7 @@ from trivium.dist.ledger import Books
 from trivium.dist.watch import Seat, Watch, own_seat
 
 Reduce = Literal["ordered", "native"]
+_FRAME_WORDS = 16
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -37,6 +43,7 @@ class Link:
         self.waited_s = 0.0
         self._busy_until_s = 0.0
         self._comms: list[Comm] = []
+        self._num_models = 0
         self._watch = Watch(())
 
     def watch(self, comm: Comm) -> None:
@@ -48,6 +55,11 @@ class Link:
         """The error for a collective that failed because of a peer."""
         words = str(error).splitlines()[0] if str(error) else repr(error)
         return RankError(f"a peer was lost during {what}: {words}. {self._watch.culprits()}")
+
+    def next_model(self) -> int:
+        """A number for one more sharded model, from 1: the same on all ranks, which shard them in one order."""
+        self._num_models += 1
+        return self._num_models
 
     def join(self, comm: Comm) -> None:
         """Remember ``comm``, to let go of its group at the end."""
@@ -180,6 +192,36 @@ class Comm:
         """Every rank's ``numbers`` (int64, the same count everywhere), by rank."""
         if self.size == 1:
             return [list(numbers)]
+        return self._swap(numbers, phase)
+
+    def agree_on(self, what: str, numbers: Sequence[int], doing: str) -> list[list[int]]:
+        """Like `agree`, where another rank may have come for something else; see [Note: frames].
+
+        ``what``: the same text on all ranks that may meet. ``doing``: what this rank came for, in words for the error.
+        Up to 14 numbers take one message. Raises MismatchError on every rank if ``what`` or the count differs.
+        """
+        if self.size == 1:
+            return [list(numbers)]
+        head = [zlib.crc32(what.encode()), len(numbers)]
+        room = _FRAME_WORDS - len(head)
+        frame = [*head, *numbers[:room]]
+        rows = self._swap(frame + [0] * (_FRAME_WORDS - len(frame)), "agree")
+        if any(row[:2] != head for row in rows):
+            text = doing.encode()[: 8 * _FRAME_WORDS].ljust(8 * _FRAME_WORDS)
+            words = [int.from_bytes(text[at : at + 8], "big", signed=True) for at in range(0, len(text), 8)]
+            told = [b"".join(word.to_bytes(8, "big", signed=True) for word in row) for row in self._swap(words, "agree")]
+            raise MismatchError(
+                "ranks came for different things, each waiting for the others: "
+                + ", ".join(
+                    f"rank {rank} for {one.decode(errors='ignore').rstrip()}"
+                    for rank, one in zip(self.ranks, told, strict=True)
+                )
+                + "; make every rank issue its collectives in one order"
+            )
+        rest = self._swap(numbers[room:], "agree") if len(numbers) > room else [[]] * self.size
+        return [[*row[2 : 2 + len(numbers)], *more] for row, more in zip(rows, rest, strict=True)]
+
+    def _swap(self, numbers: Sequence[int], phase: str) -> list[list[int]]:
         mine = torch.tensor(numbers, dtype=torch.int64, device=self._device).repeat(self.size)
         everyone = torch.empty_like(mine)
         self._count("all_to_all", phase, (self.size - 1) * len(numbers) * mine.element_size())

@@ -112,6 +112,9 @@ def shard(
         raise ConfigError("this model is sharded already: shard a module once")
     optimizers = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     check_optimizers(model, optimizers)
+    data = mesh.comm("dp")
+    control = mesh.channel(data, "control")
+    control.agree_on("shard", [], f"shard of {type(model).__name__}")
     groups = agree_on_model(model, optimizers, mesh, config)
     owner: dict[int, tuple[int, Cut]] = {}
     for number, one in enumerate(optimizers):
@@ -126,8 +129,7 @@ def shard(
     fill_buffers(model, mesh.device, init, seed)
     built = _build(model, specs, table, mesh, config, meter, init, seed, replaced)
     scale = _loss_scale(config, built)
-    data = mesh.comm("dp")
-    engine = Engine(built, data, mesh.channel(data, "control"), config, meter, scale, _places(built, table, data))
+    engine = Engine(built, data, control, config, meter, scale, _places(built, table, data))
     for number, one in enumerate(optimizers):
         take_segments(one, [flat for flat in engine.flats if flat.optimizer == number], replaced)
     install(engine)
