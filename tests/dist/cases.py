@@ -66,6 +66,22 @@ def differ(mesh: Any) -> str:
     return "no error"
 
 
+def agree_on(mesh: Any) -> tuple[list[list[list[int]]], list[int], list[str]]:
+    """Agreements of several lengths, the calls they took, and what is said where subject or length differ."""
+    comm, last = mesh.comm("dp"), mesh.rank == mesh.size - 1
+    found, calls, said = [], [], []
+    for length in (0, 14, 15, 40):
+        with mesh.ledger() as sent:
+            found.append(comm.agree_on("lengths", [mesh.rank - 2**62 + place for place in range(length)], "counting"))
+        calls.append(sent.calls)
+    for what, length in (("tea" if last else "coffee", 3), ("cups", 40 if last else 3), ("cups", 15 if last else 14)):
+        try:
+            comm.agree_on(what, [mesh.rank] * length, f"{length} {what}, ümläut" + " and more" * 20)
+        except MismatchError as error:
+            said.append(str(error))
+    return found, calls, said
+
+
 def axes(mesh: Any) -> dict[str, Any]:
     """The axes of four ranks cut three ways, and two hybrid groups."""
     found: dict[str, Any] = {}

@@ -45,6 +45,23 @@ def test_what_differs_is_named(world: Worlds) -> None:
     assert said == ["the letter differs across ranks: rank 0 has 'b', rank 1 has 'a'"] * 3
 
 
+def test_agreements_of_any_length_and_of_different_things(world: Worlds) -> None:
+    """T31, below the models: other subjects and other lengths meet in one frame, and the world lives on."""
+    for found, calls, said in world(3).run("tests.dist.cases", "agree_on"):
+        assert found == [
+            [[rank - 2**62 + place for place in range(length)] for rank in range(3)] for length in (0, 14, 15, 40)
+        ]
+        assert calls == [1, 1, 2, 2]
+        assert len(said) == 3
+        for words, (mine, others) in zip(
+            said, [("3 tea", "3 coffee"), ("40 cups", "3 cups"), ("15 cups", "14 cups")], strict=True
+        ):
+            assert f"rank 0 for {others}, ümläut and more" in words
+            assert f"rank 1 for {others}, ümläut and more" in words
+            assert f"rank 2 for {mine}, ümläut and more" in words
+    assert world(3).run("tests.dist.cases", "shard_in_place")[0] == [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
+
+
 def killed(how: str) -> tuple[list[subprocess.Popen[str]], list[str]]:
     """Three ranks of tests/dist/killed.py and what the first two said; no launcher, so that they have time to speak."""
     port = str(free_port())

@@ -207,19 +207,23 @@ class Comm:
         frame = [*head, *numbers[:room]]
         rows = self._swap(frame + [0] * (_FRAME_WORDS - len(frame)), "agree")
         if any(row[:2] != head for row in rows):
-            text = doing.encode()[: 8 * _FRAME_WORDS].ljust(8 * _FRAME_WORDS)
-            words = [int.from_bytes(text[at : at + 8], "big", signed=True) for at in range(0, len(text), 8)]
-            told = [b"".join(word.to_bytes(8, "big", signed=True) for word in row) for row in self._swap(words, "agree")]
             raise MismatchError(
-                "ranks came for different things, each waiting for the others: "
-                + ", ".join(
-                    f"rank {rank} for {one.decode(errors='ignore').rstrip()}"
-                    for rank, one in zip(self.ranks, told, strict=True)
-                )
-                + "; make every rank issue its collectives in one order"
+                f"ranks came for different things: {self._told(doing)}; "
+                "make every rank issue its collectives in the same order"
             )
         rest = self._swap(numbers[room:], "agree") if len(numbers) > room else [[]] * self.size
         return [[*row[2 : 2 + len(numbers)], *more] for row, more in zip(rows, rest, strict=True)]
+
+    def _told(self, doing: str) -> str:
+        """What each rank came for, in the words it gives; a frame's length of them."""
+        size = 8 * _FRAME_WORDS
+        text = doing.encode()[:size].ljust(size)
+        rows = self._swap([int.from_bytes(text[at : at + 8], "big", signed=True) for at in range(0, size, 8)], "agree")
+        words = [b"".join(word.to_bytes(8, "big", signed=True) for word in row) for row in rows]
+        return ", ".join(
+            f"rank {rank} for {word.decode(errors='ignore').rstrip()}"
+            for rank, word in zip(self.ranks, words, strict=True)
+        )
 
     def _swap(self, numbers: Sequence[int], phase: str) -> list[list[int]]:
         mine = torch.tensor(numbers, dtype=torch.int64, device=self._device).repeat(self.size)
