@@ -95,6 +95,7 @@ def phases_that_differ(mesh: Any, what: str) -> tuple[str, float]:
             with tv.zero.gathered(model.layers[0] if other else model.layers[1]):  # type: ignore[index]
                 pass
 
+    mesh.comm("dp").barrier()
     began = time.monotonic()
     return message_of(call), time.monotonic() - began
 

@@ -69,10 +69,10 @@ def test_h_ranks_that_differ_are_told_before_any_payload(world: Worlds, what: st
         "bucket": ["4096", "8192"],
         "units": ["0.weight", "1.weight"],
     }[what]
-    for said, seconds in world(3).run(CASES, "models_that_differ", what):
+    for said, seconds, healthy in world(3).run(CASES, "models_that_differ", what):
         assert said.startswith("MismatchError")
         assert all(word in said for word in [*words, "rank 0", "rank 2"])
-        assert seconds < 5
+        assert seconds < max(5, 20 * healthy)  # both from the moment when all ranks were ready, on the same machine
 
 
 def test_i_minus_zero_survives(world: Worlds) -> None:

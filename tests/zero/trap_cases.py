@@ -174,10 +174,24 @@ def few_large_messages(mesh: Any) -> tuple[int, int]:
     return calls, 3 * len(engine_of(model).units)
 
 
-def models_that_differ(mesh: Any, what: str) -> tuple[str, float]:
-    """(h) One rank's model is another: the error on each rank, and how long it took to come."""
+def models_that_differ(mesh: Any, what: str) -> tuple[str, float, float]:
+    """(h) One rank's model is another: the error on each rank, how long it took to come once every rank was ready to
+    shard, and how long sharding takes just before with like models."""
+    for _ in range(2):  # the first loads modules and makes groups
+        model, optimizer, options = _model_that_differs("", False)
+        mesh.comm("dp").barrier()
+        began = time.monotonic()
+        tv.zero.shard(model, optimizer, mesh, **options)
+        healthy = time.monotonic() - began
+    model, optimizer, options = _model_that_differs(what, mesh.rank == mesh.size - 1)
+    mesh.comm("dp").barrier()
+    began = time.monotonic()
+    said = message_of(lambda: tv.zero.shard(model, optimizer, mesh, **options))
+    return said, time.monotonic() - began, healthy
+
+
+def _model_that_differs(what: str, last: bool) -> tuple[nn.Module, Any, dict[str, Any]]:
     torch.manual_seed(0)
-    last = mesh.rank == mesh.size - 1
     width = 17 if what == "shape" and last else 16
     model = nn.Sequential(nn.Linear(4, width), nn.Linear(width, 2))
     if what == "layer" and last:
@@ -192,6 +206,4 @@ def models_that_differ(mesh: Any, what: str) -> tuple[str, float]:
         options["bucket_bytes"] = 4096 if last else 8192
     if what == "units":
         options["units"] = [model[0]] if last else [model[1]]
-    began = time.monotonic()
-    said = message_of(lambda: tv.zero.shard(model, kind(model.parameters(), lr=0.1), mesh, **options))
-    return said, time.monotonic() - began
+    return model, kind(model.parameters(), lr=0.1), options
