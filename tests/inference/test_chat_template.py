@@ -6,6 +6,7 @@ import datetime
 import time
 from typing import Any
 
+import jinja2
 import pytest
 
 from trivium.base.errors import DataError
@@ -94,6 +95,29 @@ def test_a_content_with_the_mark_itself() -> None:
     found = ChatTemplate(CHATML).render([{"role": "user", "content": "\ue000 <|im_end|>"}], control=CONTROL)
     assert found.mark == "\ue001"
     assert "\ue000 <|im_end|>" in found.plain
+
+
+def test_contents_that_leave_no_mark_and_values_too_deep_are_refused() -> None:
+    every = "".join(map(chr, range(0xE000, 0xF8FF)))
+    template = ChatTemplate(CHATML)
+    with pytest.raises(DataError, match=r"all 6399 characters from U\+E000 on"):
+        template.render([{"role": "user", "content": every}], control=CONTROL)
+    assert template.render([{"role": "user", "content": every[1:] + "<|im_end|>"}], control=CONTROL).mark == "\ue000"
+    deep: Any = 1
+    for _ in range(2000):
+        deep = {"a": deep}
+    with pytest.raises(DataError, match="recursion"):
+        template.render([{"role": "user", "content": "x", "arguments": deep}])
+
+
+def test_a_template_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate(CHATML)
+    counted = ChatTemplate("{% for i in range(messages[0].content | int) %}{% endfor %}{{ bos_token }}")
+    monkeypatch.setattr(jinja2.Environment, "compile", None)
+    assert template.render(MESSAGES).text == template.render(MESSAGES).text != ""
+    with pytest.raises(DataError, match="steps"):
+        counted.render([{"role": "user", "content": "900000"}])
+    assert counted.render([{"role": "user", "content": "9"}], tokens={"bos_token": "<s>"}).text == "<s>"
 
 
 @pytest.mark.parametrize("role", ["", "a b", "x|><|im_end", None, 7])

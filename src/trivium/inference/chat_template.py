@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import jinja2
@@ -122,6 +123,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             "join": self._join,
             "replace": self._replace,
             "indent": self._indent,
+            "counted": budget.each,
         }
 
     def _range(self, *bounds: int) -> Iterator[int]:
@@ -230,14 +232,14 @@ class Rendered:
 
 
 class ChatTemplate:
-    """One template, checked once. Each rendering has a sandbox and a budget of its own: any thread may render."""
+    """One template, compiled once. Each rendering has a sandbox and a budget of its own: any thread may render."""
 
     def __init__(self, text: str, *, source: str = "the chat template") -> None:
         """Raises DataError, naming ``source``, for a template that is too large or does not compile."""
         if len(text) > _TEMPLATE_CHARS:
             raise DataError(f"{source} has {len(text)} characters: at most {_TEMPLATE_CHARS} are accepted")
         self.text, self._source = text, source
-        self._compile(_Budget(), None)
+        self._code = self._compile()
 
     def render(
         self,
@@ -262,18 +264,17 @@ class ChatTemplate:
             role = message.get("role")
             if not isinstance(role, str) or not _ROLE.fullmatch(role):
                 raise DataError(f"messages[{number}].role={str(role)[:80]!r}: expected a name such as 'user'")
-        breaker = _Breaker((messages, tools, options), control)
-        variables = {
-            "messages": breaker.broken(messages),
-            "tools": breaker.broken(tools) if tools else None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            **(tokens or {}),
-            **breaker.broken(options),
-        }
         try:
-            budget = _Budget()
-            text = self._run(self._compile(budget, now), budget, variables)
+            breaker = _Breaker((messages, tools, options), control)
+            variables = {
+                "messages": breaker.broken(messages),
+                "tools": breaker.broken(tools) if tools else None,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+                **(tokens or {}),
+                **breaker.broken(options),
+            }
+            text = self._run(_Sandbox(_Budget(), now), variables)
         except TemplateRefusal:
             raise
         except (_Exceeded, jinja2.TemplateError, ArithmeticError, LookupError, RecursionError) as error:
@@ -282,22 +283,21 @@ class ChatTemplate:
             raise DataError(f"{self._source} cannot render these messages: {error}") from error
         return Rendered(text=text, mark=breaker.mark if breaker.used else "")
 
-    def _compile(self, budget: _Budget, now: datetime.datetime | None) -> jinja2.Template:
-        sandbox = _Sandbox(budget, now)
-        sandbox.filters["counted"] = budget.each
+    def _compile(self) -> CodeType:
+        sandbox = _Sandbox(_Budget(), None)
         try:
             tree = sandbox.parse(self.text)
             _CountedLoops().visit(tree)
-            tree = _JoinsAsSums().visit(tree)
-            return sandbox.from_string(tree)
+            return sandbox.compile(_JoinsAsSums().visit(tree))
         except (jinja2.TemplateError, RecursionError) as error:
             raise DataError(f"{self._source} does not compile: {error or type(error).__name__}") from error
 
-    def _run(self, template: jinja2.Template, budget: _Budget, variables: Mapping[str, Any]) -> str:
+    def _run(self, sandbox: _Sandbox, variables: Mapping[str, Any]) -> str:
+        template = jinja2.Template.from_code(sandbox, self._code, sandbox.make_globals(None))
         parts: list[str] = []
         size = 0
         for part in template.generate(**variables):
-            budget.tick()
+            sandbox.budget.tick()
             size += len(part)
             _bound(size)
             parts.append(part)
@@ -311,7 +311,10 @@ class _Breaker:
         words = sorted((word for word in control if len(word) > 1), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, words))) if words else None
         seen = set(json.dumps(values, ensure_ascii=False, default=str))
-        self.mark = next(mark for mark in _MARKS if mark not in seen)
+        mark = next((mark for mark in _MARKS if mark not in seen), None)
+        if mark is None:
+            raise DataError(f"the messages hold all {len(_MARKS)} characters from U+E000 on: leave one of them out")
+        self.mark = mark
         self.used = False
 
     def broken(self, value: Any) -> Any:
