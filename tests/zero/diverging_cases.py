@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -184,3 +185,35 @@ def broken_backward(mesh: Any) -> list[str]:
     alone_optimizer = zoo.optimizer_for("adamw", alone)
     oracle.train_alone(mesh.size, cell, alone, alone_optimizer)
     return oracle.differences(model, optimizer, alone, alone_optimizer)
+
+
+def broken_after_a_step(mesh: Any) -> list[list[str]]:
+    """As `broken_backward`, when the order of reductions is known: some are on their way. By stage."""
+    found = []
+    for stage in range(4):
+        cell = Cell(stage=stage, steps=3)
+        model, alone = zoo.build("blocks"), zoo.build("blocks")
+        model, optimizer = tv.zero.shard(model, zoo.optimizer_for("adamw", model), mesh, stage=stage)
+        for step in range(3):
+            if step == 1:
+                _break_off(model)
+                optimizer.zero_grad()
+            oracle.zoo_loss(model, oracle.number_of(step, 0, mesh.rank, mesh.size, 1)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        alone_optimizer = zoo.optimizer_for("adamw", alone)
+        oracle.train_alone(mesh.size, cell, alone, alone_optimizer)
+        found.append(oracle.differences(model, optimizer, alone, alone_optimizer))
+    return found
+
+
+def _break_off(model: Any) -> None:
+    """A backward pass that raises in the first of the blocks."""
+
+    def fail(gradient: torch.Tensor) -> None:
+        raise ZeroDivisionError("on purpose")
+
+    hook = model.layers[0].register_forward_hook(lambda module, args, output: output.register_hook(fail) and None)
+    with contextlib.suppress(ZeroDivisionError):
+        model(zoo.batch(0)).backward()
+    hook.remove()

@@ -57,6 +57,11 @@ def test_a_backward_that_broke_off_leaves_nothing(world: Worlds) -> None:
     assert world(2).run(CASES, "broken_backward") == [[], []]
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_backward_that_broke_off_with_reductions_on_their_way_leaves_nothing(world: Worlds, size: int) -> None:
+    assert world(size).run(CASES, "broken_after_a_step") == [[[]] * 4] * size
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_killed_rank_ends_the_others(launch: Launch, stage: int) -> None:
     """T27: in the middle of gathers (stage 3) and of the exchange of gradients."""

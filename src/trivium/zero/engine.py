@@ -4,9 +4,8 @@ ZeRO sections 5.2 and 5.3: gradients go to their owner as soon as a unit's are c
 
 [Note: order of reduction]
 Flats are reduced in one order on every rank: that in which rank 0 completed them in the first backward. A flat is
-launched as soon as it
-is complete here and all before it have been launched; the rest follow at the end of backward, when the ranks have
-told each other which parameters were used. What nobody used, flat or parameter, is not reduced and is skipped.
+launched as soon as it is complete here and all before it have been launched; the rest follow at the end of backward,
+when the ranks have told each other which parameters were used. What nobody used is not reduced and is skipped.
 
 [Note: when to wait for a reduction]
 Before a backward pass the ranks compare what their graphs will use. Where it is the same (and the same as when the
@@ -77,11 +76,9 @@ class Engine:
         self._order_known = self._in_backward = False
         self._waits = self._with_gradient = False
         self._nested: set[int] = set()
-        self._backward_id = -1
-        self._deferred = False
+        self._backward_id, self._deferred = -1, False
         self._accumulating: bool | None = None
-        self.scale_in_use = scale.value
-        self._counted = True
+        self.scale_in_use, self._counted = scale.value, True
 
     # ------------------------------------------------------------------ forward
 
@@ -218,6 +215,8 @@ class Engine:
 
     def zero_grad(self, flats: Sequence[Flat]) -> None:
         """Forget reduced and local gradients of ``flats``; where they are sharded, their memory is given back."""
+        if self._in_backward and not self.recomputing:
+            self._forget_backward()  # what it has sent comes back into that memory
         for flat in flats:
             number = self._number[id(flat)]
             self._has_sum.discard(number)
@@ -392,6 +391,7 @@ class Engine:
 
     def _forget_backward(self) -> None:
         """A backward pass broke off with an error: drop what it left."""
+        self.conductor.end()  # what it has begun to gather arrives before it is released
         self.reducer.forget()
         self._nested.clear()
         for unit in self.units:
