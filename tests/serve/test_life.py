@@ -67,6 +67,24 @@ def test_choices_count_in_the_queue() -> None:
         eventually(lambda: engine.stats.waiting == 2)
 
 
+def test_more_than_can_ever_be_admitted_is_not_asked_to_come_again() -> None:
+    with running(StubEngine(slots=2), limits=Limits(queue=4, drain_s=0)) as server:
+        answer = server.chat(n=7)
+        assert (answer.status, answer.error["code"]) == (400, "too_many_answers")
+        assert server.chat(n=6).status == 200
+
+
+def test_a_failed_answer_gives_its_place_back_once(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge = server.server._service.bridge
+    with monkeypatch.context() as broken:
+        broken.setattr("tests.serve.stub._Choice.token", lambda choice: -1)
+        for stream in (False, True):
+            assert server.chat(n=2, stream=stream).status == 500
+    assert bridge.active == 0
+    assert server.chat(n=2).status == 200
+    assert bridge.active == 0
+
+
 def test_one_key_cannot_take_all_places() -> None:  # H19
     engine = StubEngine(step_s=0.005, slots=8)
     keys = ("key-of-the-flood", "key-of-the-other")

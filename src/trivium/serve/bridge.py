@@ -93,7 +93,7 @@ class Job:
 
     def cancel(self) -> None:
         """The client has gone, or has enough: free what the engine holds for it. Calling again does nothing."""
-        if not self.cancelled and self._left:
+        if not self.cancelled and self._left and self._failure is None:  # a failed one has been let go already
             self.cancelled = True
             self._bridge.drop(self)
             self._awake()
@@ -135,7 +135,10 @@ class Bridge:
         return set(self._jobs.values())
 
     def refuse_if_full(self, key: int, size: int = 1) -> None:
-        """Raises ApiError where a job of ``size`` choices would not be admitted: 429 when full, 503 when stopping."""
+        """Raises ApiError where a job of ``size`` choices would not be admitted: 429 when full, 503 when stopping.
+
+        One that can never be admitted is a 400.
+        """
         if self.failed is not None:
             raise self.failed
         self.refuse_if_stopping()
@@ -144,7 +147,10 @@ class Bridge:
             message = f"this key has {self._keys[key]} requests under way; at most {self._limits.per_key} are allowed"
             raise ApiError(429, "concurrency_limit_exceeded", message, headers={"Retry-After": "1"})
         most = self._slots + self._limits.queue
-        if self._admitted + size > most and (self._admitted or size > most):
+        if size > most:
+            message = f"{size} answers are asked for at once; at most {most} are ever admitted: send fewer"
+            raise ApiError(400, "too_many_answers", message)
+        if self._admitted + size > most:
             self._metrics.rejected.labels("queue").inc()
             message = f"{self._admitted} answers are under way or waiting; at most {most} are admitted"
             raise ApiError(429, "queue_full", message, headers={"Retry-After": "1"})
