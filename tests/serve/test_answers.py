@@ -271,9 +271,17 @@ def test_a_conversation_with_calls_in_it(server: Running) -> None:
         {"role": "developer", "content": "be brief"},
     ]
     assert server.chat(messages=messages).status == 200
-    call["function"] = {"name": "clock", "arguments": "[1"}
-    bad = server.chat(messages=messages)
-    assert (bad.status, bad.error["param"]) == (400, "messages[1].tool_calls[0].function.arguments")
+    for arguments in (
+        "[1",
+        "[]",
+        '{"a": NaN}',
+        '{"a": "\\ud800"}',
+        '{"a": ' * 700 + "1" + "}" * 700,
+        '{"a": 1, "a": 2}',
+    ):
+        call["function"] = {"name": "clock", "arguments": arguments}
+        bad = server.chat(messages=messages)
+        assert (bad.status, bad.error["param"]) == (400, "messages[1].tool_calls[0].function.arguments")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from trivium.serve import fields as f
 from trivium.serve.errors import ApiError, invalid, shown
 from trivium.serve.fields import Field
 from trivium.serve.limits import Limits
+from trivium.serve.strict_json import parse
 
 _HUGE = 2**31 - 1
 _NAME = 256
@@ -41,7 +41,7 @@ def chat_fields(limits: Limits) -> tuple[Field, ...]:
         _model(),
         Field(
             name="messages",
-            read=f.items(message, 1, limits.messages),
+            read=f.items(message(limits), 1, limits.messages),
             required=True,
             about=f"1 to {limits.messages}; roles system, developer (as system), user, assistant, tool; text content",
         ),
@@ -80,7 +80,9 @@ def tokenize_fields(limits: Limits) -> tuple[Field, ...]:
     return (
         Field(name="model", read=f.text(_NAME)),
         Field(name="prompt", read=f.text(limits.body_bytes), about="a text; or messages"),
-        Field(name="messages", read=f.items(message, 1, limits.messages), about="a chat, by the model's template"),
+        Field(
+            name="messages", read=f.items(message(limits), 1, limits.messages), about="a chat, by the model's template"
+        ),
         Field(name="tools", read=f.items(tool, 0, limits.tools)),
         Field(name="add_special_tokens", read=f.boolean, default=True, about="what the tokenizer adds to a text"),
         Field(name="add_generation_prompt", read=f.boolean, default=True),
@@ -301,32 +303,36 @@ def _function_name(value: Any, param: str) -> str:
     return name
 
 
-def message(value: Any, param: str) -> dict[str, Any]:
+def message(limits: Limits) -> f.Reader:
     """One message, as the chat template is given it."""
-    body = f.mapping(value, param)
-    table = (
-        Field(name="role", read=f.choice("system", "developer", "user", "assistant", "tool"), required=True),
-        Field(name="content", read=_content),
-        Field(name="name", read=f.text(64)),
-        Field(name="tool_calls", read=f.items(_tool_call, 1, 64)),
-        Field(name="tool_call_id", read=f.text(_NAME, empty=False)),
-        Field(name="refusal", read=f.refused("write it as content")),
-        Field(name="audio", read=f.refused("the models here read text only")),
-        Field(name="function_call", read=f.refused("use tool_calls")),
-    )
-    found = f.read_fields(body, table, f"{param}.")
-    role = found["role"]
-    if found["tool_calls"] is not None and role != "assistant":
-        raise invalid(f"{param}.tool_calls", f"{param}.tool_calls belongs to role assistant, not {role}")
-    if (found["tool_call_id"] is not None) != (role == "tool"):
-        raise invalid(
-            f"{param}.tool_call_id", f"{param}.tool_call_id belongs to role tool, and only there; role={role}"
+
+    def read(value: Any, param: str) -> dict[str, Any]:
+        body = f.mapping(value, param)
+        table = (
+            Field(name="role", read=f.choice("system", "developer", "user", "assistant", "tool"), required=True),
+            Field(name="content", read=_content),
+            Field(name="name", read=f.text(64)),
+            Field(name="tool_calls", read=f.items(_tool_call(limits), 1, 64)),
+            Field(name="tool_call_id", read=f.text(_NAME, empty=False)),
+            Field(name="refusal", read=f.refused("write it as content")),
+            Field(name="audio", read=f.refused("the models here read text only")),
+            Field(name="function_call", read=f.refused("use tool_calls")),
         )
-    if found["content"] is None and found["tool_calls"] is None:
-        raise ApiError(400, "missing_required_parameter", f"{param}.content is required", param=f"{param}.content")
-    found["role"] = "system" if role == "developer" else role
-    found["content"] = found["content"] or ""
-    return {name: entry for name, entry in found.items() if entry is not None}
+        found = f.read_fields(body, table, f"{param}.")
+        role = found["role"]
+        if found["tool_calls"] is not None and role != "assistant":
+            raise invalid(f"{param}.tool_calls", f"{param}.tool_calls belongs to role assistant, not {role}")
+        if (found["tool_call_id"] is not None) != (role == "tool"):
+            raise invalid(
+                f"{param}.tool_call_id", f"{param}.tool_call_id belongs to role tool, and only there; role={role}"
+            )
+        if found["content"] is None and found["tool_calls"] is None:
+            raise ApiError(400, "missing_required_parameter", f"{param}.content is required", param=f"{param}.content")
+        found["role"] = "system" if role == "developer" else role
+        found["content"] = found["content"] or ""
+        return {name: entry for name, entry in found.items() if entry is not None}
+
+    return read
 
 
 def _content(value: Any, param: str) -> str:
@@ -349,28 +355,34 @@ def _part_kind(value: Any, param: str) -> str:
     return "text"
 
 
-def _arguments(value: Any, param: str) -> dict[str, Any]:
-    """Templates want an object where OpenAI has its text."""
-    raw = str(f.text(1 << 20)(value, param))
-    try:
-        found = json.loads(raw or "{}")
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise invalid(param, f"{param}={shown(raw)}: expected the text of a JSON object")
-    return found
+def _arguments(limits: Limits) -> f.Reader:
+    """Templates want an object where OpenAI has its text, which is read as strictly as the body around it."""
+
+    def read(value: Any, param: str) -> dict[str, Any]:
+        raw = str(f.text(1 << 20)(value, param))
+        try:
+            return parse(raw.encode() or b"{}", limits)
+        except ApiError as error:
+            message = f"{param}={shown(raw)}: expected the text of a JSON object ({error.code})"
+            raise invalid(param, message) from None
+
+    return read
 
 
-def _tool_call(value: Any, param: str) -> dict[str, Any]:
+def _tool_call(limits: Limits) -> f.Reader:
+    inner = (
+        Field(name="name", read=_function_name, required=True),
+        Field(name="arguments", read=_arguments(limits), required=True),
+    )
     table = (
         Field(name="id", read=f.text(_NAME, empty=False), required=True),
         Field(name="type", read=f.choice("function"), default="function"),
         Field(name="function", read=f.mapping, required=True),
     )
-    found = f.read_fields(f.mapping(value, param), table, f"{param}.")
-    inner = (
-        Field(name="name", read=_function_name, required=True),
-        Field(name="arguments", read=_arguments, required=True),
-    )
-    found["function"] = f.read_fields(found["function"], inner, f"{param}.function.")
-    return found
+
+    def read(value: Any, param: str) -> dict[str, Any]:
+        found = f.read_fields(f.mapping(value, param), table, f"{param}.")
+        found["function"] = f.read_fields(found["function"], inner, f"{param}.function.")
+        return found
+
+    return read
