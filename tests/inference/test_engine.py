@@ -305,10 +305,21 @@ def test_echo_and_prompt_logprobs() -> None:
             assert entry is not None and entry.token_id == prompt[index] and len(entry.top) == count
             row = torch.log_softmax(toy.row([float(t) for t in prompt[:index]]), 0)
             assert entry.logprob == pytest.approx(float(row[prompt[index]]), abs=1e-6)
+    assert answers.deltas["echo", 1][0].prompt_logprobs == answers.deltas["echo", 0][0].prompt_logprobs
     assert all(delta.prompt_logprobs is None for delta in answers.deltas["echo", 0][1:])
     (entry,) = answers.deltas["echo", 0][0].logprobs or []
     assert entry.top[0] == (entry.token_id, entry.logprob)
     assert (answers.text("score"), answers.tokens("score")) == ("cat defghijklmnopqr", [])
+
+
+def test_i9_a_poisoned_prompt_has_no_log_probabilities() -> None:
+    toy = ToyExecutor(poison=frozenset({39}))
+    answers = Answers(engine(toy)).run(
+        ask("bad", [39, *range(1, 20)], max_tokens=0, prompt_logprobs=1), ask("good", [1, 2], max_tokens=2)
+    )
+    assert answers.last("bad").finish_reason == "error"
+    assert "logits are not finite" in str(answers.last("bad").error)
+    assert answers.tokens("good") == toy.greedy([1, 2], 2)
 
 
 def test_collected_rows_survive_preemption() -> None:
@@ -321,6 +332,45 @@ def test_collected_rows_survive_preemption() -> None:
     whole = [float(token) for token in [*prompt, *answers.tokens("rows")]]
     assert tight.stats.preemptions > 0
     assert torch.equal(collected.logits, torch.stack([toy.row(whole[: i + 1]) for i in range(len(whole) - 1)]))
+
+
+@pytest.mark.parametrize("breaks", ["allowed", "accept", "finished", "shape", "fork"])
+def test_a_constraint_that_fails_ends_its_own_request_alone(breaks: str) -> None:
+    class Broken:
+        def step(self, name: str) -> None:
+            if name == breaks:
+                raise ValueError(f"{name} is broken")
+
+        def allowed(self) -> torch.Tensor | None:
+            self.step("allowed")
+            return torch.ones(7, dtype=torch.bool) if breaks == "shape" else None
+
+        def accept(self, token_id: int) -> None:
+            self.step("accept")
+
+        def finished(self) -> bool:
+            self.step("finished")
+            return False
+
+        def fork(self) -> Broken:
+            self.step("fork")
+            return self
+
+    toy = ToyExecutor()
+    small = engine(toy)
+    answers = Answers(small).run(ask("good", [1, 2]), steps=1)
+    if breaks == "fork":
+        with pytest.raises(ValueError, match="fork is broken"):
+            small.add(ask("bad", [3], n=2, constraint=Broken()))
+        answers.run()
+    else:
+        answers.run(ask("bad", [3], n=2, constraint=Broken()))
+        for choice in range(2):
+            assert answers.last("bad", choice).finish_reason == "error"
+            assert ("mask is torch.bool [7]" if breaks == "shape" else f"{breaks} is broken") in str(
+                answers.last("bad", choice).error
+            )
+    assert answers.tokens("good") == toy.greedy([1, 2], 8)
 
 
 def test_a_constraint_is_kept_and_ends_the_answer() -> None:

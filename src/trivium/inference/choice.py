@@ -19,7 +19,7 @@ from trivium.inference.stream import Decoder, Detokenizer, StopFinder
 
 @dataclass(eq=False, kw_only=True)
 class Choice:
-    """What the engine keeps per choice; ``end_ids`` are the tokens that end it."""
+    """What the engine keeps per choice; ``end_ids`` are the tokens that end it, ``fault`` is why it has to fail."""
 
     request: Request
     sequence: Sequence
@@ -31,6 +31,7 @@ class Choice:
     head: str = ""
     guesser: Guesser | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    fault: str | None = None
     rows: list[torch.Tensor] = field(default_factory=list)
     routing: list[tuple[tuple[torch.Tensor, torch.Tensor], ...]] = field(default_factory=list)
 
@@ -43,7 +44,11 @@ class Choice:
         """What is wanted of the row that follows the newest token and ``ahead`` drafts."""
         index = self.num_generated + ahead
         banned = tuple(self.end_ids) if index < self.request.params.min_tokens else ()
-        return Draw(self.drawer, index, banned, None if self.constraint is None else self.constraint.allowed())
+        return Draw(self.drawer, index, banned, self._allowed())
+
+    def inherit(self, leader: Choice) -> None:
+        """What the leader found while it computed their common prompt."""
+        self.prompt_logprobs, self.fault = leader.prompt_logprobs, leader.fault
 
     def take(self, drawn: Ordered[Drawn], index: int) -> tuple[Delta, list[int]]:
         """The delta for the tokens drawn from the ``index``-th on, and those that count: none follows an end."""
@@ -56,7 +61,11 @@ class Choice:
             if logprobs is not None and draw.logprobs is not None:
                 logprobs.append(draw.logprobs)
             self.drawer.said(draw.token_id)
-            piece, reason, stop = self._say(draw.token_id, index)
+            try:
+                piece, reason, stop = self._say(draw.token_id, index)
+            except Exception as error:  # whatever a constraint raises is its own request's affair
+                self.fault = f"the constraint failed: {error!r}"
+                break
             text += piece
             index += 1
             if reason is not None:
@@ -90,6 +99,13 @@ class Choice:
             collected=self._collected() if reason is not None and self.request.collect is not None else None,
             stop=stop,
         )
+
+    def _allowed(self) -> torch.Tensor | None:
+        try:
+            return None if self.constraint is None else self.constraint.allowed()
+        except Exception as error:
+            self.fault = f"the constraint failed: {error!r}"
+            return None
 
     def _say(self, token: int, index: int) -> tuple[str, FinishReason | None, str | int | None]:
         """Text that ``token`` lets out, and whether the answer ends with it."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from trivium.base.errors import ConfigError
 from trivium.inference.admission import checked
 from trivium.inference.batch import BatchBuilder, Rows
 from trivium.inference.blocks import BlockError, BlockPool
@@ -120,17 +121,22 @@ class Engine:
             rows_from=0 if all_rows else None,
         )
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        choices = [
-            new_choice(
-                request,
-                sequence,
-                seed=seed,
-                eos_ids=self.eos_ids,
-                decoder=self.decoder,
-                guesser=Guesser(self._cost) if self._speculate else None,
-            )
-            for sequence in sequences
-        ]
+        try:
+            choices = [
+                new_choice(
+                    request,
+                    sequence,
+                    seed=seed,
+                    eos_ids=self.eos_ids,
+                    decoder=self.decoder,
+                    guesser=Guesser(self._cost) if self._speculate else None,
+                )
+                for sequence in sequences
+            ]
+        except BaseException:  # a constraint that cannot be forked, for one
+            for sequence in sequences:
+                self._scheduler.finish(sequence)
+            raise
         self._requests[request.request_id] = choices
         self._choices.update(zip(sequences, choices, strict=True))
         self._counters.prompt_tokens += len(request.prompt_token_ids)
@@ -172,7 +178,7 @@ class Engine:
         if not plan.pieces:
             return deltas
         self.cache.copy(plan.copies)
-        for run in self._run(plan.pieces):
+        for run in self._run(plan.pieces, deltas):
             self._finish(run, deltas)
         self._counters.steps += 1
         if self._speculate and all(piece.count == 1 and piece.last for piece in plan.pieces):
@@ -201,21 +207,33 @@ class Engine:
                                param="request_id")  # fmt: skip
         self._scheduler.pool.forget_all()
 
-    def _run(self, pieces: list[Piece]) -> list[_Run]:
-        """All pieces in one call, but those that replay choices of experts in a call of their own each."""
+    def _run(self, pieces: list[Piece], deltas: list[Delta]) -> list[_Run]:
+        """All pieces in one call, but those that replay choices of experts in a call of their own each.
+
+        Choices of experts that the executor refuses end their own request alone.
+        """
         alone = [piece for piece in pieces if self._choices[piece.sequence].request.routing is not None]
         groups = [[piece] for piece in alone]
         if len(alone) < len(pieces):
             groups.append([piece for piece in pieces if piece not in alone] if alone else pieces)
-        runs = []
+        runs: list[_Run] = []
+        refused: list[tuple[Choice, str]] = []
         for group in groups:
             routing = self._choices[group[0].sequence].request.routing
             if routing is not None:
                 start, end = group[0].start, group[0].start + group[0].count
                 routing = tuple(layer[start:end] for layer in routing)
             step = self._batches.build(group, routing)
-            output = self.executor.run(step.batch, self.cache.caches)
+            try:
+                output = self.executor.run(step.batch, self.cache.caches)
+            except ConfigError as error:
+                if routing is None:
+                    raise
+                refused.append((self._choices[group[0].sequence], str(error)))
+                continue
             runs.append(_Run(group, step.rows, output))
+        for choice, why in refused:
+            self._fail(choice, why, deltas)
         return runs
 
     def _finish(self, run: _Run, deltas: list[Delta]) -> None:
@@ -230,6 +248,8 @@ class Engine:
             group = [choice]
             if piece.last and piece.sequence.followers:
                 group += [self._choices[follower] for follower in self._scheduler.fork(piece.sequence)]
+                for follower in group[1:]:
+                    follower.inherit(choice)
             members.append(group)
             if piece.last and choice.request.params.max_tokens != 0:
                 first = rows.first + rows.count - rows.samples
@@ -261,7 +281,7 @@ class Engine:
         while right < len(piece.drafts) and drawn[right].error is None and drawn[right].token_id == piece.drafts[right]:
             right += 1
         drawn = drawn[: right + 1]
-        error = next((draw.error for draw in drawn if draw.error is not None), None)
+        error = choice.fault or next((draw.error for draw in drawn if draw.error is not None), None)
         if error is not None:
             self._fail(choice, error, deltas)
             return
@@ -269,6 +289,9 @@ class Engine:
             delta, tokens = choice.take(drawn, choice.num_generated)
         else:
             delta, tokens = choice.delta("", [], reason="length"), []
+        if choice.fault is not None:
+            self._fail(choice, choice.fault, deltas)
+            return
         deltas.append(delta)
         self._counters.generated_tokens += len(tokens)
         if sequence is piece.sequence:
@@ -326,6 +349,9 @@ class Engine:
             if targets:
                 wanted = output.logits[rows.first : rows.first + len(targets)]
                 count = request.params.prompt_logprobs
+                if not bool(torch.isfinite(wanted.amax(dim=1)).all()):
+                    choice.fault = "the model's logits are not finite for this request's prompt"
+                    return
                 rows_V = wanted.cpu().numpy()
                 choice.prompt_logprobs += [
                     logprobs_of(row_V, token, count) for row_V, token in zip(rows_V, targets, strict=True)

@@ -142,6 +142,9 @@ def _draw_row(logits_V: Row, wanted: Draw, token: int, changed: bool) -> Drawn:
         wanted.drawer.change(final_V)
         final_V[list(wanted.banned)] = -math.inf
         if wanted.allowed is not None:
+            if wanted.allowed.dtype != torch.bool or wanted.allowed.shape != final_V.shape:
+                given = f"{wanted.allowed.dtype} {list(wanted.allowed.shape)}"
+                return Drawn(token, f"the constraint's mask is {given}: expected bool {list(final_V.shape)}")
             final_V[~wanted.allowed.cpu().numpy()] = -math.inf
         token = int(final_V.argmax())
         if final_V[token] == -math.inf:
