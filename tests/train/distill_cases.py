@@ -9,11 +9,12 @@ import torch.nn.functional as F
 
 from tests.train.cases import config_of
 from trivium import zero
-from trivium.models import Decoder
+from trivium.models import Decoder, DecoderConfig, MoEConfig, build
+from trivium.moe import GateConfig
 from trivium.train import saving
 from trivium.train.build import assemble, read_text
 from trivium.train.data import validation_batches
-from trivium.train.distill import Distillation, objective
+from trivium.train.distill import Distillation, copy_layers, objective
 from trivium.train.loop import train
 
 
@@ -101,6 +102,24 @@ def same_as_teacher(mesh: Any, values: dict[str, Any]) -> bool:
     assert distillation.teacher is not None
     ours, theirs = (zero.full_state_dict(model) for model in (distillation.parts.model, distillation.teacher))
     return all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def biases(mesh: Any, rates: tuple[float, float]) -> tuple[bool, list[float]]:
+    """A student begins as its teacher's layers, their gates moving their biases at these ``rates`` (0: no bias): whether
+    the routers are equal, and the student's bias."""
+    models = []
+    for rate in rates:
+        moe = MoEConfig(experts=4, top_k=2, gate=GateConfig(bias_rate=rate))
+        shape = DecoderConfig(vocabulary=50, dim=8, layers=2, heads=2, ffn_dim=12, moe=moe)
+        model = build(shape, seed=len(models))
+        if rate:
+            model.blocks[1].moe.update_bias(torch.arange(4))  # type: ignore[union-attr, operator]
+        models.append(zero.shard(model, None, mesh, stage=3)[0])
+    teacher, pupil = models
+    copy_layers(teacher, pupil, None, lead=False)
+    told = [zero.full_state_dict(model) for model in models]
+    name = "blocks.1.moe.gate"
+    return torch.equal(told[0][f"{name}.weight"], told[1][f"{name}.weight"]), told[1][f"{name}.bias"].tolist()
 
 
 def refusal(mesh: Any, values: dict[str, Any]) -> str:

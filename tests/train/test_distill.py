@@ -203,6 +203,12 @@ def test_all_of_the_teachers_layers_make_the_teacher(world: Worlds, school: Path
     assert world(2).run(distill_cases.same_as_teacher, values) == [True, True]
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_a_gate_s_bias_begins_as_the_teacher_s_or_stays(world: Worlds, rate: float) -> None:
+    (found,) = world(1).run(distill_cases.biases, (rate, 0.25))
+    assert found == (True, [0.5, 0.5, -0.5, -0.5] if rate else [0.25, 0.25, -0.25, -0.25])
+
+
 def test_teachers_that_do_not_fit_are_refused(world: Worlds, school: Path) -> None:
     (words,) = world(1).run(distill_cases.refusal, student(school, "none", 4, teacher="nobody"))
     assert words.startswith("CheckpointError: distill.teacher=") and "holds no complete checkpoint" in words

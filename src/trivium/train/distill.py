@@ -250,7 +250,8 @@ def copy_layers(teacher: Decoder, student: Decoder, layers: tuple[int, ...] | No
                 parameter.copy_(values[name])
             buffers = dict(source.named_buffers())
             for name, buffer in target.named_buffers():
-                buffer.copy_(buffers[name])
+                if name in buffers:  # a gate's bias that the teacher's has not stays as built: zero
+                    buffer.copy_(buffers[name])
 
 
 def objective(config: TrainConfig, parts: Parts, mesh: Mesh, state: dict[str, Any] | None) -> Distillation:
