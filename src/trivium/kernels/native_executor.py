@@ -86,11 +86,12 @@ class NativeExecutor:
             for op in self._layers
         )
         tables = (CRouting * max(1, len(routing)))()
+        # Held until the call returns: copies of tensors that were not contiguous.
+        replay = [chosen.contiguous() for chosen in batch.routing or ()]
         for layer, (experts, weights) in enumerate(routing):
-            replayed = None if batch.routing is None else batch.routing[layer].data_ptr()
+            replayed = replay[layer].data_ptr() if replay else None
             tables[layer] = CRouting(replayed, experts.data_ptr(), weights.data_ptr())
         names = ("token_ids", "positions", "sequences", "block_tables", "output_rows")
-        # Held until the call returns: copies of tensors that were not contiguous.
         tensors = [getattr(batch, name).contiguous() for name in names]
         struct = CBatch(
             *(tensor.data_ptr() for tensor in tensors),
