@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import trivium
-from trivium.base.errors import CapacityError, CheckpointError, ConfigError, NonFiniteError
+from trivium.base.errors import CapacityError, CheckpointError, ConfigError, NonFiniteError, TriviumError
 from trivium.inference import LLM, RequestError, SamplingParams
 from trivium.inference.cache import block_bytes
+from trivium.inference.outputs import Answer, Output
 from trivium.kernels import registry
 from trivium.models import Decoder, DecoderConfig
 from trivium.models.decoder import Record
@@ -143,6 +144,11 @@ def test_routing_comes_back_and_can_be_replayed(make: Callable[..., LLM]) -> Non
     assert not torch.allclose(llm.logits(PROMPT, routing=other), plain, atol=1e-3)
     with pytest.raises(RequestError, match=r"expected 1 layers of \[20, k\]"):
         llm.logits(PROMPT, routing=(chosen[0][:3],))
+    strided = torch.stack((other[0], chosen[0]), dim=2)[:, :, 1]
+    assert torch.equal(llm.logits(PROMPT, routing=(strided,)), llm.logits(PROMPT, routing=chosen))
+    for wrong in (chosen[0].long(), chosen[0] + 99, chosen[0][:, :1]):
+        with pytest.raises(TriviumError, match="routing"):
+            llm.logits(PROMPT, routing=(wrong,))
     with pytest.raises(RequestError, match="the model has no experts"):
         make().logits(PROMPT, routing=chosen)
     done(llm)
@@ -182,6 +188,8 @@ def test_streams_several_at_once_and_closed_early(make: Callable[..., LLM]) -> N
         tokens = tokens + delta.token_ids
     assert tokens == whole
     llm.generate([1], GREEDY)
+    llm.stream(PROMPT, GREEDY).close()  # type: ignore[attr-defined]
+    llm.engine.step()
     done(llm)
 
 
@@ -215,6 +223,21 @@ def test_embeddings(make: Callable[..., LLM]) -> None:
         next(broken.parameters())[PROMPT[0]] = float("nan")
     with pytest.raises(NonFiniteError, match="prompt 0 are not finite"):
         make(broken).embed(PROMPT)
+
+
+def test_what_ends_early_is_told_and_not_pooled(make: Callable[..., LLM]) -> None:
+    llm = make(step_tokens=65)
+    request = llm._collecting(PROMPT * 5, "hidden")
+    inbox = llm._deltas([request])
+    llm.engine.step()
+    llm.engine.cancel(request.request_id)
+    (last,) = inbox
+    assert (last.finish_reason, last.collected) == ("abort", None)
+    output = Output(prompt_token_ids=PROMPT, choices=[Answer()])
+    output.add(last)
+    with pytest.raises(TriviumError, match=r"ended early \(abort\)"):
+        _ = output.whole
+    done(llm)
 
 
 def test_memory_bounds_weights_and_cache(make: Callable[..., LLM]) -> None:

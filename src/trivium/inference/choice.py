@@ -85,6 +85,7 @@ class Choice:
         """A delta of this choice; the first one brings the echo and the prompt's log-probabilities along."""
         head, self.head = self.head, ""
         prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
+        whole = reason in ("stop", "length")
         return Delta(
             request_id=self.request.request_id,
             choice=self.sequence.choice,
@@ -96,7 +97,7 @@ class Choice:
             prompt_tokens=self.sequence.num_prompt,
             cached_tokens=self.sequence.num_cached,
             prompt_logprobs=prompt_logprobs,
-            collected=self._collected() if reason is not None and self.request.collect is not None else None,
+            collected=self._collected() if whole and self.request.collect is not None else None,
             stop=stop,
         )
 

@@ -218,7 +218,7 @@ class LLM:
         outputs = self._answer([self._collecting(self.encode(prompt), "hidden") for prompt in many(prompts)])
         pooled: list[torch.Tensor] = []
         for output in outputs:
-            rows = output.collected.hidden if output.collected is not None else None
+            rows = output.whole.hidden
             if rows is None or not bool(torch.isfinite(rows).all()):
                 raise NonFiniteError(f"{self.name}: the hidden states of prompt {len(pooled)} are not finite")
             pooled.append(rows.mean(dim=0) if pooling == "mean" else rows[-1])
@@ -313,7 +313,7 @@ class LLM:
         self, token_ids: Sequence[int], collect: Collect, routing: tuple[torch.Tensor, ...] | None = None
     ) -> Collected:
         (output,) = self._answer([self._collecting(list(token_ids), collect, routing)])
-        return output.collected or Collected()
+        return output.whole
 
     def _answer(self, requests: list[Request]) -> list[Output]:
         outputs = {
@@ -331,7 +331,9 @@ class LLM:
         inbox: queue.SimpleQueue[Delta] = queue.SimpleQueue()
         thread = self._thread
         self._submit(requests, inbox, thread)
-        return self._receive(inbox, {request.request_id: request.params.n for request in requests}, thread)
+        deltas = self._receive(inbox, {request.request_id: request.params.n for request in requests}, thread)
+        next(deltas)  # into its try: a generator that was never begun does nothing when it is closed
+        return deltas
 
     def _submit(self, requests: list[Request], inbox: queue.SimpleQueue[Delta], thread: EngineThread | None) -> None:
         """Hand in all of them, or none when one cannot be served."""
@@ -350,6 +352,7 @@ class LLM:
         self, inbox: queue.SimpleQueue[Delta], left: dict[str, int], thread: EngineThread | None
     ) -> Iterator[Delta]:
         try:
+            yield Delta(request_id="", choice=0, text="", token_ids=[])
             while left:
                 delta = self._next(inbox, thread)
                 if delta.finish_reason is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from trivium.base.errors import TriviumError
 from trivium.inference.request import Collected, Delta, FinishReason, TokenLogprobs
 
 
@@ -71,6 +72,13 @@ class Output:
     def done(self) -> bool:
         """Whether all choices have ended."""
         return all(choice.finish_reason is not None for choice in self.choices)
+
+    @property
+    def whole(self) -> Collected:
+        """What was collected. Raises TriviumError where the request did not come to its end."""
+        if self.collected is None:
+            raise TriviumError(f"the request ended early ({self.finish_reason}): {self.error or 'it was cancelled'}")
+        return self.collected
 
     def add(self, delta: Delta) -> None:
         """Take a delta in."""

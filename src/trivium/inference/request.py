@@ -130,7 +130,8 @@ class Request:
     """A prompt and how to answer it. ``constraint`` is forked once per choice.
 
     ``collect`` hands back, with the last delta, what the model computed at every position of the prompt and the answer:
-    "logits" [T, V], "hidden" [T, dim], or "routing" (per MoE layer experts int32 and weights fp32, both [T, K]).
+    "logits" [T, V], "hidden" [T, dim], or "routing" (per MoE layer experts int32 and weights fp32, both [T, K]). A
+    request that failed or was cancelled hands back nothing.
     ``routing`` replays choices of experts: per MoE layer int32 [T, K] for the prompt's tokens.
     """
 
