@@ -104,6 +104,11 @@ def test_json_says_that_it_does_not_fit(capsys: pytest.CaptureFixture[str], conf
         (("--preset", "1m", "--dtype", "int8"), "float32, bfloat16, float16"),
         (("--preset", "1m", "--sequence", "4096"), "max_positions=2048"),
         (("--preset", "1m", "--set", "zero.stage=1"), "no effect"),
+        (("--preset", "1m", "--quantize", "int8"), "--quantize: no effect"),
+        (("--preset", "1m", "--cache-dtype", "int8"), "--cache-dtype: no effect"),
+        (("--paper", "--stage", "0"), "--stage: no effect with --paper"),
+        (("--serve", "x", "--ranks", "4", "--micro-batch", "2", "--recompute"), "--ranks, --micro-batch, --recompute:"),
+        (("--serve", "x", "--set", "zero.stage=1"), "--set: no effect with --serve"),
         (("missing.toml",), "missing.toml"),
     ],
 )

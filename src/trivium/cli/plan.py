@@ -61,12 +61,16 @@ def plan(
 ) -> None:
     """Forecast memory and traffic per rank from the runtime's own arithmetic. Nothing is allocated or run."""
     log.setup()
+    given = _Given(ranks, stage, dtype, micro_batch, sequence, accumulation, recompute, ep)
+    packed = {"quantize": quantize, "cache_dtype": None if cache_dtype == "auto" else cache_dtype}
     if paper:
+        _refuse_idle("--paper", CONFIG=config, preset=preset, memory=memory, serve=serve, **given._asdict(), **packed)
         _paper(as_json)
         return
     if serve is not None:
         if config is not None or preset is not None:
             raise ConfigError("--serve MODEL plans to serve that model: leave CONFIG and --preset out")
+        _refuse_idle("--serve", set=overrides or None, **given._replace(dtype=None, sequence=None)._asdict())
         from trivium.cli.plan_serving import plan_serving
 
         plan_serving(
@@ -78,8 +82,8 @@ def plan(
         raise ConfigError("say what to plan: CONFIG.toml, or --preset NAME, or --paper, or --serve MODEL")
     if preset is not None and overrides:
         raise ConfigError("--set overrides keys of CONFIG.toml: it has no effect with --preset")
+    _refuse_idle("a training plan, only with --serve", **packed)
     limit = None if memory is None else parse_bytes(memory)
-    given = _Given(ranks, stage, dtype, micro_batch, sequence, accumulation, recompute, ep)
     if config is None:
         shape, setting = _of_preset(preset or "", given)
     else:
@@ -89,6 +93,16 @@ def plan(
     _check(shape, setting)
     every = preset is not None and stage is None
     _show(preset or str(config), shape, setting, limit, every=every, binding=config is not None, as_json=as_json)
+
+
+def _refuse_idle(where: str, **options: object) -> None:
+    """Raise ConfigError, naming them, when options were given that change nothing."""
+    named = (name if name.isupper() else f"--{name.replace('_', '-')}" for name in options)
+    idle = [
+        name for name, value in zip(named, options.values(), strict=True) if value is not None and value is not False
+    ]
+    if idle:
+        raise ConfigError(f"{', '.join(idle)}: no effect with {where}; leave out what has none")
 
 
 class _Given(NamedTuple):
