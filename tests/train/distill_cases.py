@@ -105,7 +105,7 @@ def same_as_teacher(mesh: Any, values: dict[str, Any]) -> bool:
 
 
 def biases(mesh: Any, rates: tuple[float, float]) -> tuple[bool, list[float]]:
-    """A student begins as its teacher's layers, their gates moving their biases at these ``rates`` (0: no bias): whether
+    """A student begins as its teacher's layers, their gates with these ``rates`` of their biases (0: no bias): whether
     the routers are equal, and the student's bias."""
     models = []
     for rate in rates:
