@@ -11,7 +11,7 @@ import pytest
 from tests.inference.toy import ToyExecutor, ask, engine
 from trivium.base.errors import SetupError
 from trivium.inference.request import Delta, RequestError
-from trivium.inference.thread import EngineThread
+from trivium.inference.thread import EngineThread, _Listener
 
 
 class Slow(ToyExecutor):
@@ -114,6 +114,14 @@ def test_close_drains_then_aborts() -> None:
     with pytest.raises(SetupError, match="the engine has stopped"):
         running.submit(ask("late", [1]), Box())
     running.close()
+
+
+def test_close_ends_a_request_that_is_just_being_handed_in() -> None:
+    running, box = EngineThread(engine()), Box()
+    running._listeners["late"] = _Listener(box, {0, 1})
+    running.close()
+    assert box.left.acquire(timeout=2), "no last delta came"
+    assert box.wait() == ["abort", "abort"]
 
 
 def test_a_broken_executor_ends_all_requests_with_an_error() -> None:

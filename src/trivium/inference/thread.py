@@ -182,7 +182,7 @@ class EngineThread:
     def _abort_all(self) -> None:
         self._take_all()
         for request_id in list(self._listeners):
-            self._engine.cancel(request_id)
+            self._cancel(request_id)  # also one that `submit` has noted and not handed in yet
         for delta in self._engine.step():
             self._tell(delta)
 
