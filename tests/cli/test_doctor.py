@@ -30,6 +30,7 @@ NAMES = [
     "ports",
     "ranks",
     "compiler",
+    "kernels",
 ]
 
 
