@@ -125,6 +125,13 @@ def test_both_a_configuration_and_a_preset(capsys: pytest.CaptureFixture[str], c
     assert code == 2 and "did you mean" in err
 
 
+def test_a_teacher_is_not_planned_and_the_plan_says_so(capsys: pytest.CaptureFixture[str], config: str) -> None:
+    code, _, err = trivium(capsys, "plan", config, "--json")
+    assert code == 0 and "teacher" not in err
+    code, out, err = trivium(capsys, "plan", config, "--json", "--set", "distill.teacher=runs/teacher")
+    assert code == 0 and "the plan is of the student alone" in err and out.startswith("{")
+
+
 def test_the_trainer_plans_itself_with_the_model_it_built(config: str) -> None:
     settings = load(TrainConfig, config)
     shape = replace(decoder_of(settings), vocabulary=1000)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trivium.base import log
 from trivium.models import DecoderConfig
 from trivium.plan.activations import Batch
 from trivium.plan.forecast import DTYPES, Plan, Setting, forecast, inventory_of
@@ -19,12 +20,19 @@ if TYPE_CHECKING:
 
 
 def read(path: Path, overrides: Sequence[str] = (), *, ranks: int = 1) -> tuple[DecoderConfig, Setting]:
-    """The shape and the setting of ``CONFIG.toml``. Raises ConfigError for whatever the trainer would refuse."""
+    """The shape and the setting of ``CONFIG.toml``; warns that a teacher is not planned.
+
+    Raises ConfigError for whatever the trainer would refuse.
+    """
     from trivium.base import config as base_config
     from trivium.train.config import TrainConfig
 
     config = base_config.load(TrainConfig, path, overrides)
     config.check_ranks(ranks)
+    if config.distill is not None:
+        log.get().warning(
+            "the plan is of the student alone: the teacher, its shards and its gathers come on top until distill.stop"
+        )
     return decoder_of(config), setting_of(config, ranks)
 
 
