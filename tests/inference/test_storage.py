@@ -17,6 +17,7 @@ from tests.inference.test_families import TOLERANCE, random_tokens
 from tests.inference.zoo import CASES
 from trivium.base.errors import CheckpointError, ConfigError
 from trivium.inference import weights
+from trivium.inference.quantized import write_quantized
 from trivium.kernels.matrix import Matrix, unpack
 
 Tensors = dict[str, torch.Tensor]
@@ -274,3 +275,20 @@ def test_unknown_storage(told: Any, message: str, tmp_path: Path) -> None:
     rewrite(tmp_path, lambda tensors: tensors, told)
     with pytest.raises(ConfigError, match=message):
         weights.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "dtype"), [(".scales", torch.bfloat16), (".scales", torch.float64), (".zeros", torch.int32)]
+)
+def test_i21_numbers_of_another_kind_beside_packed_ones(part: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    save(reference("Llama", LLAMA), plain)
+    write_quantized(plain, packed, quantize="int4")
+    weights.load(packed)
+    tensors = load_file(packed / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(".scales"))
+    changed = name.removesuffix(".scales") + part
+    tensors[changed] = tensors[name].to(dtype)
+    save_file(tensors, packed / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{changed} is {dtype}"):
+        weights.load(packed)

@@ -77,6 +77,19 @@ class PackedSource:
             raise CheckpointError(
                 f"{where}: {name} {list(one.shape)} with scales {list(scales)}: expected {format} of {list(expected)}"
             )
+        beside: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
+            SCALES: ((torch.float32, torch.float16), scales)
+        }
+        if name + ZEROS in self._source.shapes:
+            beside[ZEROS] = ((torch.uint8,), (rows, groups[fitting[0]]))
+        for part, (dtypes, shape) in beside.items():
+            stored = self._source.found[name + part].stored
+            if stored.dtype not in dtypes or stored.shape != shape or (part == ZEROS and format != "int4"):
+                raise CheckpointError(
+                    f"{where}: {name}{part} is {stored.dtype} {list(stored.shape)}: expected "
+                    f"{' or '.join(map(str, dtypes))} {list(shape)}"
+                    + (", and that for int4 only" if part == ZEROS else "")
+                )
         # Groups larger than the row all mean the same: one group.
         self._groups[name] = fitting[0]
         return expected
