@@ -309,7 +309,9 @@ def test_a_deep_schema_is_refused(server: Running) -> None:  # H25
         ({"messages": [user("x") | {"tool_calls": []}]}, "messages[0].tool_calls"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"logit_bias": {"1": 5, "01": -5}}, "logit_bias"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 2, "max_completion_tokens": 3}, "max_completion_tokens"),
         ({"user": "x" * 257}, "user"),
     ],
 )

@@ -44,6 +44,9 @@ async def chat(service: Service, exchange: Exchange) -> None:
         raise invalid("stream_options", "stream_options needs stream")
     if values["top_logprobs"] is not None and not values["logprobs"]:
         raise invalid("top_logprobs", "top_logprobs needs logprobs")
+    if None not in (values["max_tokens"], values["max_completion_tokens"]):
+        message = "max_completion_tokens and max_tokens, its older name, exclude each other"
+        raise invalid("max_completion_tokens", message)
     grammar = grammar_of(values)
     plan = plan_tools(values["tools"], values["tool_choice"], values["parallel_tool_calls"], service.dialect)
     if plan is not None:

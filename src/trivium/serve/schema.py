@@ -222,7 +222,7 @@ def logit_bias(limits: Limits) -> f.Reader:
             raise invalid(param, f"{param} has {len(pairs)} entries: expected at most {limits.logit_bias}")
         found: dict[int, float] = {}
         for key, entry in pairs.items():
-            if not (key.isascii() and key.isdigit() and len(key) <= 9):
+            if not (key.isascii() and key.isdigit() and len(key) <= 9 and (key == "0" or key[0] != "0")):
                 raise invalid(param, f"{param} has the key {shown(key)}: expected a token id")
             found[int(key)] = bias(entry, f"{param}.{key}")
         return found
