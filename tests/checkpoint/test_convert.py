@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from trivium import checkpoint
 from trivium.base import config
 from trivium.base.errors import CheckpointError
 from trivium.cli.main import run
-from trivium.models import Decoder, DecoderConfig
+from trivium.models import Decoder, DecoderConfig, MoEConfig
 
 SHAPE = DecoderConfig(
     vocabulary=32, dim=16, layers=2, heads=4, kv_heads=2, head_dim=4, ffn_dim=24, max_positions=16, tied=True
@@ -74,6 +75,16 @@ def test_a_checkpoint_of_an_unknown_model_needs_plain(tmp_path: Path, capsys: py
     model = decoder(3, torch.bfloat16)
     checkpoint.load_hugging_face(model, tmp_path / "hf")
     assert not (tmp_path / "hf" / "config.json").exists()
+
+
+def test_a_decoder_with_experts_needs_plain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = replace(SHAPE, moe=MoEConfig(experts=2, layers=(0,)))
+    source = tmp_path / "experts"
+    checkpoint.save(source, model=decoder(0, shape=shape), extra={"model": config.to_dict(shape)})
+    assert run(["convert", str(source), str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "holds a decoder with experts" in told and "--plain" in told and not (tmp_path / "out").exists()
+    assert run(["convert", str(source), str(tmp_path / "out"), "--plain"]) == 0
 
 
 def test_damage_is_found_and_nothing_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,6 +91,11 @@ def _export(path: Path, target: Path, *, plain: bool, max_shard_bytes: int, over
                 "and write no config.json"
             )
         model = config.build(DecoderConfig, told, f"{path}: extra.model")
+        if model.moe is not None:
+            raise ConfigError(
+                f"{path} holds a decoder with experts, for which there is no Hugging Face layout: pass --plain to keep "
+                "the names and write no config.json, or --quantize; generate, chat and serve read the checkpoint itself"
+            )
         written = to_hugging_face(
             path,
             target,
