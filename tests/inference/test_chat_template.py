@@ -126,6 +126,14 @@ def test_a_role_is_a_name(role: Any) -> None:
         ChatTemplate(CHATML).render([{"role": role, "content": "x"}])
 
 
+def test_messages_that_are_none() -> None:
+    for messages in (7, None, "hello", {"role": "user"}):
+        with pytest.raises(DataError, match="expected a list of objects"):
+            ChatTemplate(CHATML).render(messages)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"messages\[0\]\.role"):
+        ChatTemplate(CHATML).render(["hello"])  # type: ignore[list-item]
+
+
 def test_templates_that_do_not_compile() -> None:
     with pytest.raises(DataError, match="does not compile"):
         ChatTemplate("{% for %}")

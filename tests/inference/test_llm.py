@@ -211,6 +211,15 @@ def test_prompts_one_or_many_and_params_each(make: Callable[..., LLM]) -> None:
     done(llm)
 
 
+def test_a_prompt_of_another_kind_fails_alone(make: Callable[..., LLM]) -> None:
+    llm = make()
+    asked = [(PROMPT, GREEDY), (7, GREEDY), (None, GREEDY), ({"a": 1}, GREEDY), (PROMPT, GREEDY)]
+    found = dict(llm.generate_each(asked))  # type: ignore[arg-type]
+    assert [found[index].finish_reason for index in range(5)] == ["length", "error", "error", "error", "length"]
+    assert found[1].error == "a prompt is a int: expected text or token ids"
+    done(llm)
+
+
 def test_embeddings(make: Callable[..., LLM]) -> None:
     llm = make()
     mean, last = llm.embed([PROMPT, PROMPT[:2]]), llm.embed(PROMPT, pooling="last")

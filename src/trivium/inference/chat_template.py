@@ -260,8 +260,12 @@ class ChatTemplate:
             TemplateRefusal: the template refuses these messages; its own words.
             DataError: a role that is no name; the template failed, or exceeded its share of time, steps or size.
         """
+        if not isinstance(messages, (list, tuple)):
+            raise DataError(
+                f"messages is a {type(messages).__name__}: expected a list of objects with role and content"
+            )
         for number, message in enumerate(messages):
-            role = message.get("role")
+            role = message.get("role") if isinstance(message, Mapping) else None
             if not isinstance(role, str) or not _ROLE.fullmatch(role):
                 raise DataError(f"messages[{number}].role={str(role)[:80]!r}: expected a name such as 'user'")
         try:

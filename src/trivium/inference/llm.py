@@ -127,6 +127,8 @@ class LLM:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, with what the model expects at its beginning. Text needs a tokenizer."""
+        if not isinstance(prompt, (str, Sequence)):
+            raise RequestError(f"a prompt is a {type(prompt).__name__}: expected text or token ids", param="prompt")
         if not isinstance(prompt, str):
             return list(prompt)
         if self.tokenizer is None:
