@@ -168,7 +168,7 @@ def test_the_page_comes_with_its_policy(keyed: Running) -> None:
     assert "/" in keyed.server.app.assets
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "127.example"])
 def test_open_to_the_network_only_with_a_key(host: str) -> None:  # H24
     with pytest.raises(ConfigError) as caught:
         Server(ServerConfig(name="x", host=host, port=0), lambda: pytest.fail("nothing is loaded"))

@@ -9,10 +9,13 @@ import os
 import platform
 import re
 import shutil
+import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -276,12 +279,29 @@ def check_ranks() -> Check:
     try:
         if read_world().size > 1:
             return Check(name="ranks", status="ok", found="not tried under a launcher of several ranks")
-        init(device="cpu")
-        shutdown()
+        with _interrupts_held():  # torch's store aborts the process when one comes in the middle of its callbacks
+            init(device="cpu")
+            shutdown()
     except (TriviumError, RuntimeError, ValueError) as error:
         fix = "check that this machine's own name resolves (hostname in /etc/hosts), or set GLOO_SOCKET_IFNAME=lo"
         return Check(name="ranks", status="fail", found=f"gloo does not start: {str(error).splitlines()[0]}", fix=fix)
     return Check(name="ranks", status="ok", found="gloo starts")
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait until the block has ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 def check_compiler() -> Check:

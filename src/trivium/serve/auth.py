@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 from collections.abc import Iterable, Sequence
 
 from trivium.base.errors import ConfigError
@@ -100,7 +101,12 @@ class Gate:
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach ``host``."""
     bare = host.strip("[]").lower()
-    return bare in ("localhost", "::1") or bare.startswith("127.")
+    if bare == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(bare).is_loopback
+    except ValueError:
+        return False  # a name may lead anywhere, however it begins
 
 
 def _single(headers: Headers, name: bytes) -> str | None:
