@@ -23,7 +23,7 @@ DOORS = {
     "starlette": ("serve/",),
     "fastapi": ("serve/",),
     "uvicorn": ("serve/",),
-    "jinja2": ("serve/", "train/data/", "inference/"),
+    "jinja2": ("base/sandbox.py",),
     "deepspeed": ("bench/peers/",),
 }
 # Environment variables are read at the border; cli and bench pass theirs on to processes that they start.

@@ -124,7 +124,7 @@ def test_template_is_caged(tmp_path: Path, template: str) -> None:
 
 
 def test_template_size_syntax_and_absence(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="70000 characters, at most 65536"):
+    with pytest.raises(DataError, match="70000 characters: at most 65536"):
         Template("x" * 70_000, source="t")
     with pytest.raises(DataError, match="does not compile"):
         Template("{% for %}", source="t")

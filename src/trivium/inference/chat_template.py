@@ -10,212 +10,17 @@ from __future__ import annotations
 import datetime
 import json
 import re
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import CodeType
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer, NodeVisitor
+from trivium.base.errors import DataError
+from trivium.base.sandbox import Caps, SandboxedTemplate
+from trivium.base.sandbox import TemplateRefusal as TemplateRefusal
 
-from trivium.base.errors import ConfigError, DataError
-
-_TEMPLATE_CHARS = 256 << 10
-_OUTPUT_CHARS = 8 << 20
-_STEPS = 500_000
-_SECONDS = 3.0
+_CAPS = Caps(template_chars=256 << 10, output_chars=8 << 20, steps=500_000, seconds=3.0)
 _MARKS = tuple(chr(code) for code in range(0xE000, 0xF8FF))
-# Filters and methods of strings that can build far more than they were given.
-_GROWING = frozenset(
-    (
-        *("center", "expandtabs", "ljust", "rjust", "zfill", "translate", "format", "format_map", "wordwrap"),
-        *("xmlattr", "batch", "slice", "urlize", "pprint", "random", "forceescape"),
-    )
-)
 _ROLE = re.compile(r"[A-Za-z0-9_\-]{1,64}")
-
-
-class TemplateRefusal(ConfigError):
-    """The template itself refused the messages (``raise_exception``): they are in an order that it does not know."""
-
-
-class _Exceeded(Exception):
-    """The template asked for more than its share."""
-
-
-class _Budget:
-    """What one rendering may still use."""
-
-    def __init__(self) -> None:
-        self._left = _STEPS
-        self._deadline = time.monotonic() + _SECONDS
-
-    def tick(self) -> None:
-        self._left -= 1
-        if self._left < 0:
-            raise _Exceeded(f"more than {_STEPS} steps")
-        if self._left % 64 == 0 and time.monotonic() > self._deadline:
-            raise _Exceeded(f"more than {_SECONDS} s")
-
-    def each(self, items: Iterable[Any]) -> Iterator[Any]:
-        for item in items:
-            self.tick()
-            yield item
-
-
-def _refuse(message: object) -> None:
-    raise TemplateRefusal(str(message)[:1000])
-
-
-def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
-    """As chat templates expect it: no HTML escapes."""
-    if indent is not None and not 0 <= indent <= 16:
-        raise _Exceeded(f"tojson with indent={indent}")
-    separators = options.get("separators")
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=None if separators is None else (str(separators[0]), str(separators[1])),
-        sort_keys=bool(options.get("sort_keys", False)),
-    )
-
-
-class _Generation(Extension):
-    """``{% generation %} … {% endgeneration %}``, which only trainers look at: its body, as it is."""
-
-    tags = {"generation"}  # noqa: RUF012 - the base class declares a set
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """The nodes between the tags."""
-        next(parser.stream)
-        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """No attribute that leads out, no change of what was given, every operator, call and access counted."""
-
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
-
-    def __init__(self, budget: _Budget, now: datetime.datetime | None) -> None:
-        super().__init__(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=False,
-            extensions=[_Generation, "jinja2.ext.loopcontrols"],
-        )
-        self.budget = budget
-        namespace = self.globals["namespace"]
-        self.globals = {
-            "namespace": namespace,
-            "dict": dict,
-            "range": self._range,
-            "raise_exception": _refuse,
-            "strftime_now": lambda form: (now or datetime.datetime.now()).strftime(str(form)[:100]),
-        }
-        self.filters = {name: one for name, one in self.filters.items() if name not in _GROWING} | {
-            "tojson": _to_json,
-            "join": self._join,
-            "replace": self._replace,
-            "indent": self._indent,
-            "counted": budget.each,
-        }
-
-    def _range(self, *bounds: int) -> Iterator[int]:
-        return self.budget.each(range(*bounds))
-
-    def _join(self, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
-        parts: list[str] = []
-        size = 0
-        for item in self.budget.each(value):
-            part = str(item if attribute is None else self.getitem(item, attribute))
-            size += len(part) + len(d)
-            _bound(size)
-            parts.append(part)
-        return str(d).join(parts)
-
-    def _replace(self, value: Any, old: str, new: str, count: int = -1) -> str:
-        text = str(value)
-        _bound(len(text) + (text.count(old) if old else len(text) + 1) * len(new))
-        return text.replace(old, new, -1 if count is None else count)
-
-    def _indent(self, value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-        pad = width if isinstance(width, str) else " " * min(int(width), 64)
-        lines = str(value).splitlines()
-        _bound(len(str(value)) + len(lines) * len(pad))
-        out = [(pad + line if (number or first) and (line or blank) else line) for number, line in enumerate(lines)]
-        return "\n".join(out)
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Bound what an operator can build."""
-        self.budget.tick()
-        sized = isinstance(left, (str, list, tuple)) or isinstance(right, (str, list, tuple))
-        if operator == "+" and sized and isinstance(left, (str, list, tuple)) and isinstance(right, type(left)):
-            _bound(len(left) + len(right))
-        elif operator == "*" and sized and isinstance(left, (str, list)) and isinstance(right, int):
-            _bound(len(left) * right)
-        elif operator != "+" and sized:
-            raise _Exceeded(f"the operator {operator} on texts or lists")
-        elif operator == "**" and abs(right) > 64:
-            raise _Exceeded("a power above 64")
-        elif operator in ("*", "**") and any(abs(value) > 1 << 40 for value in (left, right)):
-            raise _Exceeded("a product of huge numbers")
-        return super().call_binop(context, operator, left, right)
-
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        """Count a call; methods of strings are bounded as the filters are."""
-        self.budget.tick()
-        called = args[1] if len(args) > 1 else None
-        owner = getattr(called, "__self__", None)
-        name = getattr(called, "__name__", "")
-        if isinstance(owner, str) and name == "replace":
-            return self._replace(owner, *args[2:], **kwargs)
-        if isinstance(owner, str) and name == "join":
-            return self._join(args[2], owner)
-        return super().call(*args, **kwargs)
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        """Count an access; methods that grow a string are not there."""
-        self.budget.tick()
-        if isinstance(obj, str) and attribute in _GROWING:
-            raise _Exceeded(f"str.{attribute}")
-        return super().getattr(obj, attribute)
-
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        """Count an access."""
-        self.budget.tick()
-        return super().getitem(obj, argument)
-
-
-def _bound(size: int) -> None:
-    if size > _OUTPUT_CHARS:
-        raise _Exceeded(f"a value of more than {_OUTPUT_CHARS} characters")
-
-
-class _CountedLoops(NodeVisitor):
-    """Wraps what every loop goes over in a counting filter."""
-
-    def visit_For(self, node: nodes.For) -> None:
-        self.generic_visit(node)
-        node.iter = nodes.Filter(node.iter, "counted", [], [], None, None).set_lineno(node.lineno)
-
-
-class _JoinsAsSums(NodeTransformer):
-    """``a ~ b`` as ``a|string + b|string``, so that the bound on ``+`` holds for it too."""
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
-        self.generic_visit(node)
-        texts: list[nodes.Expr] = [nodes.Filter(part, "string", [], [], None, None) for part in node.nodes]
-        total = texts[0]
-        for text in texts[1:]:
-            total = nodes.Add(total, text)
-        total.set_lineno(node.lineno, override=True)
-        return total
 
 
 @dataclass(frozen=True)
@@ -232,14 +37,17 @@ class Rendered:
 
 
 class ChatTemplate:
-    """One template, compiled once. Each rendering has a sandbox and a budget of its own: any thread may render."""
+    """A folder's template; any thread may render."""
 
     def __init__(self, text: str, *, source: str = "the chat template") -> None:
         """Raises DataError, naming ``source``, for a template that is too large or does not compile."""
-        if len(text) > _TEMPLATE_CHARS:
-            raise DataError(f"{source} has {len(text)} characters: at most {_TEMPLATE_CHARS} are accepted")
-        self.text, self._source = text, source
-        self._code = self._compile()
+        self._template = SandboxedTemplate(text, source=source, caps=_CAPS)
+        self._source = source
+
+    @property
+    def text(self) -> str:
+        """The template's own text."""
+        return self._template.text
 
     def render(
         self,
@@ -278,34 +86,12 @@ class ChatTemplate:
                 **(tokens or {}),
                 **breaker.broken(options),
             }
-            text = self._run(_Sandbox(_Budget(), now), variables)
-        except TemplateRefusal:
-            raise
-        except (_Exceeded, jinja2.TemplateError, ArithmeticError, LookupError, RecursionError) as error:
-            raise DataError(f"{self._source} failed: {error or type(error).__name__}") from error
-        except (TypeError, ValueError, AttributeError) as error:
+        except RecursionError as error:
+            raise DataError(f"{self._source} cannot be given messages that nest so deep") from error
+        except (TypeError, ValueError) as error:
             raise DataError(f"{self._source} cannot render these messages: {error}") from error
+        text = self._template.run(variables, now=now)
         return Rendered(text=text, mark=breaker.mark if breaker.used else "")
-
-    def _compile(self) -> CodeType:
-        sandbox = _Sandbox(_Budget(), None)
-        try:
-            tree = sandbox.parse(self.text)
-            _CountedLoops().visit(tree)
-            return sandbox.compile(_JoinsAsSums().visit(tree))
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise DataError(f"{self._source} does not compile: {error or type(error).__name__}") from error
-
-    def _run(self, sandbox: _Sandbox, variables: Mapping[str, Any]) -> str:
-        template = jinja2.Template.from_code(sandbox, self._code, sandbox.make_globals(None))
-        parts: list[str] = []
-        size = 0
-        for part in template.generate(**variables):
-            sandbox.budget.tick()
-            size += len(part)
-            _bound(size)
-            parts.append(part)
-        return "".join(parts)
 
 
 class _Breaker:
