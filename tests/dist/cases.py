@@ -66,20 +66,38 @@ def differ(mesh: Any) -> str:
     return "no error"
 
 
-def agree_on(mesh: Any) -> tuple[list[list[list[int]]], list[int], list[str]]:
+def agreements(mesh: Any) -> tuple[list[list[list[int]]], list[int], list[str]]:
     """Agreements of several lengths, the calls they took, and what is said where subject or length differ."""
     comm, last = mesh.comm("dp"), mesh.rank == mesh.size - 1
     found, calls, said = [], [], []
     for length in (0, 14, 15, 40):
         with mesh.ledger() as sent:
-            found.append(comm.agree_on("lengths", [mesh.rank - 2**62 + place for place in range(length)], "counting"))
+            found.append(comm.agree([mesh.rank - 2**62 + place for place in range(length)], "lengths", "counting"))
         calls.append(sent.calls)
     for what, length in (("tea" if last else "coffee", 3), ("cups", 40 if last else 3), ("cups", 15 if last else 14)):
         try:
-            comm.agree_on(what, [mesh.rank] * length, f"{length} {what}, ümläut" + " and more" * 20)
+            comm.agree([mesh.rank] * length, what, f"{length} {what}, ümläut" + " and more" * 20)
         except MismatchError as error:
             said.append(str(error))
     return found, calls, said
+
+
+def come_for_different_things(mesh: Any) -> list[str]:
+    """What is said where the last rank comes for another collective than the others, or with another count."""
+    comm, last = mesh.comm("dp"), mesh.rank == mesh.size - 1
+    pairs: list[tuple[Any, Any]] = [
+        (comm.barrier, lambda: comm.all_reduce_ints([1])),
+        (lambda: comm.all_reduce_ints([1]), lambda: comm.all_reduce_ints([1], "max")),
+        (lambda: comm.agree([1, 2]), lambda: comm.agree([1])),
+        (lambda: comm.all_gather_json("text"), lambda: comm.gather_tensor(torch.zeros(3))),
+    ]
+    said = []
+    for others, mine in pairs:
+        try:
+            (mine if last else others)()
+        except MismatchError as error:
+            said.append(str(error))
+    return said
 
 
 def axes(mesh: Any) -> dict[str, Any]:

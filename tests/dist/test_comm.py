@@ -31,7 +31,7 @@ def test_values_and_bytes(world: Worlds, size: int) -> None:
         assert found["bytes"]["forward"] == (size - 1) * 4 * 4
         assert found["bytes"]["backward"] == (size - 1) * 3 * 4
         assert found["bytes"]["broadcast"] == (8 if rank == size - 1 else 0)
-        assert found["inner"] == {"agree": (size - 1) * 8 * 3}
+        assert found["inner"] == {"agree": (size - 1) * 8 * 16 * 2}
         assert found["payload"] == found["all"] - found["bytes"]["agree"]
         assert found["after"] == 2
 
@@ -47,7 +47,7 @@ def test_what_differs_is_named(world: Worlds) -> None:
 
 def test_agreements_of_any_length_and_of_different_things(world: Worlds) -> None:
     """T31, below the models: other subjects and other lengths meet in one frame, and the world lives on."""
-    for found, calls, said in world(3).run("tests.dist.cases", "agree_on"):
+    for found, calls, said in world(3).run("tests.dist.cases", "agreements"):
         assert found == [
             [[rank - 2**62 + place for place in range(length)] for rank in range(3)] for length in (0, 14, 15, 40)
         ]
@@ -59,6 +59,21 @@ def test_agreements_of_any_length_and_of_different_things(world: Worlds) -> None
             assert f"rank 0 for {others}, ümläut and more" in words
             assert f"rank 1 for {others}, ümläut and more" in words
             assert f"rank 2 for {mine}, ümläut and more" in words
+    assert world(3).run("tests.dist.cases", "shard_in_place")[0] == [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
+
+
+def test_other_collectives_that_meet_are_named(world: Worlds) -> None:
+    """T31 for what is not asked by a model: which rank came for what, on every rank, and the world lives on."""
+    met = [
+        ("barrier of 0 numbers", "all_reduce_ints (sum) of 1 numbers"),
+        ("all_reduce_ints (sum) of 1 numbers", "all_reduce_ints (max) of 1 numbers"),
+        ("agreement of 2 numbers", "agreement of 1 numbers"),
+        ("all_gather_json of 1 numbers", "gather_tensor of 1 numbers"),
+    ]
+    for said in world(3).run("tests.dist.cases", "come_for_different_things"):
+        assert len(said) == len(met)
+        for words, (others, last) in zip(said, met, strict=True):
+            assert f"rank 0 for {others} on dp, rank 1 for {others} on dp, rank 2 for {last} on dp" in words
     assert world(3).run("tests.dist.cases", "shard_in_place")[0] == [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
 
 

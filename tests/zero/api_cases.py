@@ -111,3 +111,24 @@ def keys(mesh: Mesh, stage: int) -> tuple[list[str], list[str]]:
     bare = list(model.state_dict())
     zero.shard(model, None, mesh, stage=stage)
     return bare, list(zero.full_state_dict(model))
+
+
+def writes_that_break_off(mesh: Mesh, stage: int, dtype: torch.dtype) -> tuple[bool, str]:
+    """What `gathered` keeps of a block that raises on every rank, and what was written there and before a step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(dtype)
+    model, optimizer = zero.shard(model, torch.optim.SGD(model.parameters(), lr=0.0), mesh, stage=stage)
+    expected = zero.full_state_dict(model)
+    said = ""
+    try:
+        with zero.gathered(model), torch.no_grad():
+            model[0].weight.fill_(0.5)
+            raise ValueError("half-way")
+    except ValueError as error:
+        said = str(error)
+    model(torch.ones(1, 4, dtype=dtype)).sum().backward()
+    optimizer.step()
+    found = zero.full_state_dict(model)
+    if expected:
+        expected["0.weight"].fill_(0.5)
+    return all(torch.equal(found[name], expected[name]) for name in expected), said

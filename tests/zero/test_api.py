@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from trivium.base.errors import ConfigError
 from trivium.zero import ZeroConfig
@@ -53,3 +54,9 @@ def test_a_full_state_has_exactly_the_bare_modules_keys(world: Any, stage: int) 
 def test_values_that_mean_nothing_are_refused_by_name(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"zero.{next(iter(options))}="):
         ZeroConfig(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_was_written_stays_where_the_block_breaks_off(world: Any, stage: int, dtype: torch.dtype) -> None:
+    assert world(2).run(CASES, "writes_that_break_off", stage, dtype) == [(True, "half-way")] * 2

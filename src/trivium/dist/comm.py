@@ -188,14 +188,8 @@ class Comm:
             [self._start(what, _REDUCE_SCATTER, shard, send_Nc.view(-1))], self.link, what, ready_at_s, (shard, send_Nc)
         )
 
-    def agree(self, numbers: Sequence[int], phase: str = "agree") -> list[list[int]]:
-        """Every rank's ``numbers`` (int64, the same count everywhere), by rank."""
-        if self.size == 1:
-            return [list(numbers)]
-        return self._swap(numbers, phase)
-
-    def agree_on(self, what: str, numbers: Sequence[int], doing: str) -> list[list[int]]:
-        """Like `agree`, where another rank may have come for something else; see [Note: frames].
+    def agree(self, numbers: Sequence[int], what: str = "agreement", doing: str = "") -> list[list[int]]:
+        """Every rank's ``numbers`` (int64), by rank; another rank may have come for something else: see [Note: frames].
 
         ``what``: the same text on all ranks that may meet. ``doing``: what this rank came for, in words for the error.
         Up to 14 numbers take one message. Raises MismatchError on every rank if ``what`` or the count differs.
@@ -205,27 +199,23 @@ class Comm:
         head = [zlib.crc32(what.encode()), len(numbers)]
         room = _FRAME_WORDS - len(head)
         frame = [*head, *numbers[:room]]
-        rows = self._swap(frame + [0] * (_FRAME_WORDS - len(frame)), "agree")
+        rows = self.swap(frame + [0] * (_FRAME_WORDS - len(frame)), "agree")
         if any(row[:2] != head for row in rows):
             raise MismatchError(
-                f"ranks came for different things: {self._told(doing)}; "
+                f"ranks came for different things: "
+                f"{self._told(doing or f'{what} of {len(numbers)} numbers on {self.axis}')}; "
                 "make every rank issue its collectives in the same order"
             )
-        rest = self._swap(numbers[room:], "agree") if len(numbers) > room else [[]] * self.size
+        rest = self.swap(numbers[room:], "agree") if len(numbers) > room else [[]] * self.size
         return [[*row[2 : 2 + len(numbers)], *more] for row, more in zip(rows, rest, strict=True)]
 
-    def _told(self, doing: str) -> str:
-        """What each rank came for, in the words it gives; a frame's length of them."""
-        size = 8 * _FRAME_WORDS
-        text = doing.encode()[:size].ljust(size)
-        rows = self._swap([int.from_bytes(text[at : at + 8], "big", signed=True) for at in range(0, size, 8)], "agree")
-        words = [b"".join(word.to_bytes(8, "big", signed=True) for word in row) for row in rows]
-        return ", ".join(
-            f"rank {rank} for {word.decode(errors='ignore').rstrip()}"
-            for rank, word in zip(self.ranks, words, strict=True)
-        )
+    def swap(self, numbers: Sequence[int], phase: str) -> list[list[int]]:
+        """Every rank's ``numbers`` (int64), by rank, in one message: where no rank can come for anything else.
 
-    def _swap(self, numbers: Sequence[int], phase: str) -> list[list[int]]:
+        Another count on another rank ends the process on gloo; `agree` is for where that may be.
+        """
+        if self.size == 1:
+            return [list(numbers)]
         mine = torch.tensor(numbers, dtype=torch.int64, device=self._device).repeat(self.size)
         everyone = torch.empty_like(mine)
         self._count("all_to_all", phase, (self.size - 1) * len(numbers) * mine.element_size())
@@ -233,21 +223,32 @@ class Comm:
         rows: list[list[int]] = everyone.view(self.size, -1).tolist()
         return rows
 
+    def _told(self, doing: str) -> str:
+        """What each rank came for, in the words it gives; a frame's length of them."""
+        size = 8 * _FRAME_WORDS
+        text = doing.encode()[:size].ljust(size)
+        rows = self.swap([int.from_bytes(text[at : at + 8], "big", signed=True) for at in range(0, size, 8)], "agree")
+        words = [b"".join(word.to_bytes(8, "big", signed=True) for word in row) for row in rows]
+        return ", ".join(
+            f"rank {rank} for {word.decode(errors='ignore').rstrip()}"
+            for rank, word in zip(self.ranks, words, strict=True)
+        )
+
     def all_reduce_ints(self, numbers: Sequence[int], op: Literal["sum", "max"] = "sum") -> list[int]:
         """Element-wise sum or maximum of int64 ``numbers`` over the ranks; exact."""
-        columns = zip(*self.agree(numbers), strict=True)
+        columns = zip(*self.agree(numbers, f"all_reduce_ints ({op})"), strict=True)
         return [sum(column) if op == "sum" else max(column) for column in columns]
 
     def barrier(self) -> None:
         """Return when every rank has come here."""
-        self.agree([0])
+        self.agree([], "barrier")
 
     def all_gather_json(self, value: Any) -> list[Any]:
         """Every rank's JSON value, by rank. For small things: names, manifests, errors."""
         if self.size == 1:
             return [value]
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self._device)
-        lengths = [row[0] for row in self.agree([data.numel()])]
+        lengths = [row[0] for row in self.agree([data.numel()], "all_gather_json")]
         longest = max(lengths)
         mine = torch.zeros(longest, dtype=torch.uint8, device=self._device)
         mine[: data.numel()] = data
@@ -264,7 +265,7 @@ class Comm:
         """The ranks' 1-D tensors of one dtype and any lengths, on rank ``dst``; None elsewhere."""
         if self.size == 1:
             return [tensor]
-        lengths = [row[0] for row in self.agree([tensor.numel()])]
+        lengths = [row[0] for row in self.agree([tensor.numel()], "gather_tensor")]
         parts: list[torch.Tensor] | None = [] if self.rank == dst else None
         for source, length in enumerate(lengths):
             if self.rank == dst and parts is not None:

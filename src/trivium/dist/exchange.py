@@ -94,7 +94,7 @@ class Flat(Exchange):
 
     def agree(self, numbers: Sequence[int], phase: str) -> list[list[int]]:
         """One all-to-all of integers."""
-        return self._comm.agree(numbers, phase)
+        return self._comm.swap(numbers, phase)
 
     def send(self, rows_RC: torch.Tensor, counts_SO: Counts, phase: str) -> torch.Tensor:
         """One exchange."""
@@ -118,11 +118,11 @@ class Hierarchical(Exchange):
 
     def agree(self, numbers: Sequence[int], phase: str) -> list[list[int]]:
         """The node's numbers first, then every node's."""
-        node = [number for row in self._inside.agree(numbers, phase) for number in row]
+        node = [number for row in self._inside.swap(numbers, phase) for number in row]
         width = len(numbers)
         return [
             flat[start : start + width]
-            for flat in self._across.agree(node, phase)
+            for flat in self._across.swap(node, phase)
             for start in range(0, len(flat), width)
         ]
 
@@ -187,7 +187,7 @@ class Coordinated(Exchange):
 
     def agree(self, numbers: Sequence[int], phase: str) -> list[list[int]]:
         """First inside the tensor group: a rank that failed, or whose tokens differ, stops all of them."""
-        rows = self._tensor.agree(numbers, phase)
+        rows = self._tensor.swap(numbers, phase)
         status = max(row[0] for row in rows)
         if not status and any(row != rows[0] for row in rows):
             status = self.APART + 4 * self._tensor.ranks[0]

@@ -114,7 +114,7 @@ def shard(
     check_optimizers(model, optimizers)
     data = mesh.comm("dp")
     control = mesh.channel(data, "control")
-    control.agree_on("shard", [], f"shard of {type(model).__name__}")
+    control.agree([], "shard", f"shard of {type(model).__name__}")
     groups = agree_on_model(model, optimizers, mesh, config)
     owner: dict[int, tuple[int, Cut]] = {}
     for number, one in enumerate(optimizers):

@@ -152,7 +152,7 @@ class Conductor:
         numbers = [int(meeting), *words]
         numbers += [0] * (self._num_words + 1 - len(numbers))
         while True:
-            rows = self._control.agree_on(self._what, numbers, f"{meeting.name.lower()} of {self._what}")
+            rows = self._control.agree(numbers, self._what, f"{meeting.name.lower()} of {self._what}")
             wanted = sorted({row[2] for row in rows if row[0] == Meeting.GATHER})
             if wanted:
                 self._drive(min(row[1] if row[0] in (Meeting.GATHER, Meeting.REDUCE) else 0 for row in rows))

@@ -43,16 +43,21 @@ def engine_of(module: nn.Module) -> Engine:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """A module's parameters whole, at any stage: readable, and writable if every rank writes the same. Collective."""
+    """A module's parameters whole, at any stage: readable, and writable if every rank writes the same. Collective.
+
+    What was written stays, at every stage alike, also where the block ends with an error.
+    """
     engine = engine_of(module)
     mine = {id(param) for param in module.parameters()}
     units = [unit for unit in engine.units if any(id(param) in mine for flat in unit.flats for param in flat.params)]
     with _visited(engine, units):
-        yield
-        with torch.no_grad():
-            for unit in units:
-                for flat in unit.flats:
-                    flat.absorb()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for unit in units:
+                    for flat in unit.flats:
+                        flat.absorb()
 
 
 def iter_full(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
