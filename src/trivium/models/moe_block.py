@@ -11,14 +11,14 @@ from torch import nn
 
 from trivium.base.errors import ConfigError
 from trivium.dist.mesh import Mesh
-from trivium.models.block import Rotary
+from trivium.models.block import AttentionHalf, Rotary
 from trivium.models.config import DecoderConfig
 from trivium.models.moe_config import MoEConfig
 from trivium.moe import Aux, GELUExpert, MoE, Routing
-from trivium.nn import MLP, Attend, Attention, RMSNorm
+from trivium.nn import MLP, Attend
 
 
-class MoEBlock(nn.Module):
+class MoEBlock(AttentionHalf):
     """``x + attention(norm(x))``, then ``x + moe(norm(x))``; the auxiliary losses are returned beside.
 
     ``ep``: over how many ranks of ``mesh`` the ``experts`` are spread; None: the mesh's degree.
@@ -35,23 +35,10 @@ class MoEBlock(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(config, layer, device=device, dtype=dtype)
         moe = config.moe
         if moe is None:
             raise ConfigError("a layer with experts needs a config that has `moe`")
-        self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps, device=device, dtype=dtype)
-        self.attention = Attention(
-            config.dim,
-            config.heads,
-            config.kv_head_count,
-            config.head_size,
-            layer=layer,
-            init_std=config.init_std,
-            out_init_std=config.residual_init_std,
-            device=device,
-            dtype=dtype,
-        )
-        self.mlp_norm = RMSNorm(config.dim, eps=config.norm_eps, device=device, dtype=dtype)
         self.moe = MoE(
             config.dim,
             config.expert_dim,
@@ -81,7 +68,7 @@ class MoEBlock(nn.Module):
     ) -> tuple[torch.Tensor, Aux]:
         """[B, T, C] → ([B, T, C], aux). ``routing`` fixes experts and drops; ``step`` keys what is drawn: the number
         of this micro-batch, another one on every rank."""
-        x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), rotary, attend)
+        x_BTC = self.attended(x_BTC, rotary, attend)
         y_BTC, aux = self.moe(self.mlp_norm(x_BTC), routing, step=step, first_token=0)
         return x_BTC + y_BTC, aux
 
