@@ -31,9 +31,9 @@ class Form(ABC):
     num_inner: int
 
     @staticmethod
-    @abstractmethod
     def width(params: Tensors) -> int:
-        """F of an expert."""
+        """F of an expert: rows of the first matrix."""
+        return params[0].shape[0]
 
     @staticmethod
     @abstractmethod
@@ -56,9 +56,9 @@ class Form(ABC):
         """Gradients of ``inner`` from those of the activations; may use up both."""
 
     @staticmethod
-    @abstractmethod
     def last(params: Tensors) -> torch.Tensor:
-        """The last projection's matrix [C, F]."""
+        """The last projection's matrix [C, F]: the third parameter of either form."""
+        return params[2]
 
     @staticmethod
     @abstractmethod
@@ -76,11 +76,6 @@ class SwiGLU(Form):
     """``down(silu(gate(x)) · up(x))``: parameters gate, up [F, C], down [C, F]."""
 
     num_params, num_inner = 3, 2
-
-    @staticmethod
-    def width(params: Tensors) -> int:
-        """F of an expert."""
-        return params[0].shape[0]
 
     @staticmethod
     def forward(x_nC: torch.Tensor, params: Tensors, inner: Tensors, hidden_nF: torch.Tensor) -> None:
@@ -109,11 +104,6 @@ class SwiGLU(Form):
         return grad_nF, slope_nF
 
     @staticmethod
-    def last(params: Tensors) -> torch.Tensor:
-        """Down."""
-        return params[2]
-
-    @staticmethod
     def grads(
         grads_inner: Tensors,
         x_nC: torch.Tensor,
@@ -129,11 +119,6 @@ class GELU(Form):
     """``down(gelu(up(x)))`` with biases: parameters up [F, C], its bias [F], down [C, F], its bias [C]."""
 
     num_params, num_inner = 4, 1
-
-    @staticmethod
-    def width(params: Tensors) -> int:
-        """F of an expert."""
-        return params[0].shape[0]
 
     @staticmethod
     def forward(x_nC: torch.Tensor, params: Tensors, inner: Tensors, hidden_nF: torch.Tensor) -> None:
@@ -159,11 +144,6 @@ class GELU(Form):
         """Of up's output."""
         torch.ops.aten.gelu_backward.grad_input(grad_nF, inner[0], grad_input=slope_nF)
         return (slope_nF,)
-
-    @staticmethod
-    def last(params: Tensors) -> torch.Tensor:
-        """Down."""
-        return params[2]
 
     @staticmethod
     def grads(
