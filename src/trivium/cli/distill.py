@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from trivium.base.errors import ConfigError
+from trivium.cli import train_options as options
 from trivium.cli.train import Call, given, settings_of, start
 
 
@@ -18,23 +19,17 @@ def register(app: typer.Typer) -> None:
 
 
 def distill(
-    config: Annotated[Path, typer.Argument(help="The student's run as a TOML or JSON file, with a [distill] table.")],
+    config: Annotated[Path, typer.Argument(help="The student's run as a TOML or JSON file with a table `distill`.")],
     teacher: Annotated[
         str | None, typer.Option("--teacher", help="The teacher's run or checkpoint, in place of distill.teacher.")
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Replace one value; may be repeated.")
-    ] = None,
-    ranks: Annotated[
-        int | None, typer.Option("--ranks", min=1, help="Start so many ranks here, through torchrun's launcher.")
-    ] = None,
-    resume: Annotated[str | None, typer.Option("--resume", help="auto, must, never or a checkpoint's folder.")] = None,
-    run: Annotated[
-        str | None, typer.Option("--run", help="The folder to write to (under torchrun itself: --set run=FOLDER).")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print how it ended as JSON on stdout.")] = False,
-    launched: Annotated[Path | None, typer.Option("--launched", hidden=True)] = None,
-    terminal: Annotated[bool, typer.Option("--terminal", hidden=True)] = False,
+    set_: options.Set = None,
+    ranks: options.Ranks = None,
+    resume: options.Resume = None,
+    run: options.Run = None,
+    as_json: options.AsJson = False,
+    launched: options.Launched = None,
+    terminal: options.Terminal = False,
 ) -> None:
     """Cross-entropy and the divergence from the teacher, then, from distill.stop on, the cross-entropy alone."""
     from trivium.train.distill import objective

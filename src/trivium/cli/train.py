@@ -15,6 +15,7 @@ from trivium.base import log
 from trivium.base.errors import ConfigError
 from trivium.base.units import format_bytes
 from trivium.cli import launching
+from trivium.cli import train_options as options
 from trivium.cli.output import print_json, word_console
 
 if TYPE_CHECKING:
@@ -31,19 +32,13 @@ def register(app: typer.Typer) -> None:
 
 def train(
     config: Annotated[Path, typer.Argument(help="The run as a TOML or JSON file.")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Replace one value; may be repeated.")
-    ] = None,
-    ranks: Annotated[
-        int | None, typer.Option("--ranks", min=1, help="Start so many ranks here, through torchrun's launcher.")
-    ] = None,
-    resume: Annotated[str | None, typer.Option("--resume", help="auto, must, never or a checkpoint's folder.")] = None,
-    run: Annotated[
-        str | None, typer.Option("--run", help="The folder to write to (under torchrun itself: --set run=FOLDER).")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print how it ended as JSON on stdout.")] = False,
-    launched: Annotated[Path | None, typer.Option("--launched", hidden=True)] = None,
-    terminal: Annotated[bool, typer.Option("--terminal", hidden=True)] = False,
+    set_: options.Set = None,
+    ranks: options.Ranks = None,
+    resume: options.Resume = None,
+    run: options.Run = None,
+    as_json: options.AsJson = False,
+    launched: options.Launched = None,
+    terminal: options.Terminal = False,
 ) -> None:
     """Train until train.steps; Ctrl-C or SIGTERM stops after the step and saves."""
     overrides = (*(set_ or ()), *given(run, resume))
