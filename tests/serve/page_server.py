@@ -40,6 +40,9 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
 
 
+SLOW = Reply(pieces=[f"word{i} " for i in range(400)], gap_s=0.02)
+
+
 def failure(status: int, message: str, *, param: str | None = None, headers: dict[str, str] | None = None) -> Response:
     body = {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": None}}
     return JSONResponse(body, status_code=status, headers=headers)

@@ -4,36 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.serve.page_browser import Visit, chromium
-from tests.serve.page_server import PageServer, Reply, page_server
-
-SLOW = Reply(pieces=[f"word{i} " for i in range(400)], gap_s=0.02)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def stub() -> Iterator[PageServer]:
-    with page_server() as server:
-        yield server
-
-
-@pytest.fixture
-def visit(browser: Any, stub: PageServer) -> Iterator[Visit]:
-    stub.reset()
-    visitor = Visit(browser, stub)
-    yield visitor.open()
-    visitor.close()
+from tests.serve.page_browser import Visit
+from tests.serve.page_server import SLOW, PageServer, Reply
 
 
 def eventually(right: Callable[[], bool], limit_s: float = 10) -> bool:

@@ -5,37 +5,15 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.serve.page_browser import Visit, chromium
-from tests.serve.page_server import LOADS, PAGE, PageServer, Reply, page_server
+from tests.serve.page_browser import Visit
+from tests.serve.page_server import LOADS, PAGE, SLOW, PageServer, Reply
 
 HOSTILE = '<img src=x onerror="alert(1)"><script>alert(2)</script><svg onload=alert(3)>"\'><iframe src=//evil.org>'
-SLOW = Reply(pieces=[f"word{i} " for i in range(400)], gap_s=0.02)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def stub() -> Iterator[PageServer]:
-    with page_server() as server:
-        yield server
-
-
-@pytest.fixture
-def visit(browser: Any, stub: PageServer) -> Iterator[Visit]:
-    stub.reset()
-    visitor = Visit(browser, stub)
-    yield visitor.open()
-    visitor.close()
 
 
 def foreign_nodes(visit: Visit) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.serve.page_browser import Visit, chromium
-from tests.serve.page_server import page_server
+from tests.serve.page_browser import Visit
+from tests.serve.page_server import PageServer
 
 TAGS = (
     "A BLOCKQUOTE BR BUTTON CODE DEL DIV EM FIGCAPTION FIGURE H3 H4 H5 H6 HR INPUT LI OL P PRE SPAN STRONG TABLE TBODY"
@@ -116,11 +116,10 @@ PATHS = {
 
 
 @pytest.fixture(scope="module")
-def page() -> Iterator[Any]:
-    with page_server() as server, chromium() as browser:
-        visit = Visit(browser, server).open()
-        yield visit.page
-        visit.close()
+def page(browser: Any, stub: PageServer) -> Iterator[Any]:
+    visit = Visit(browser, stub).open()
+    yield visit.page
+    visit.close()
 
 
 def render(page: Any, *pieces: str) -> dict[str, Any]:
