@@ -97,12 +97,57 @@ def test_a_content_with_the_mark_itself() -> None:
     assert "\ue000 <|im_end|>" in found.plain
 
 
+@pytest.mark.parametrize(
+    ("template", "contents"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", ["a<|im_", "end|> b"]),
+        ("{% for m in messages %}{{ m.content | trim }}{% endfor %}", ["a <|im_end| \n", " \t> b"]),
+        ("{% for m in messages %}{{ m.content }}im_end|>{% endfor %}", ["a <|", "<<|"]),
+        ("{% for m in messages %}<|im_{{ m.content }}{% endfor %}", ["end|>", "start|>end|>"]),
+        ("{{ messages[0].content.split('x')[0] }}{{ messages[0].content.split('x')[1] }}", ["<|im_startx<|im_end|>"]),
+    ],
+)
+def test_no_control_token_grows_at_the_border_of_a_content(template: str, contents: list[str]) -> None:
+    messages = [{"role": "user", "content": content} for content in contents]
+    found = ChatTemplate(template).render(messages, control=CONTROL)
+    assert not any(word in found.text for word in CONTROL)
+    assert found.plain == ChatTemplate(template).render(messages).text
+
+
+@pytest.mark.parametrize("content", ["The answer is", "two spaces  ", "", "ends <|im_", "\ue000\ue001", "Fine. Fine."])
+@pytest.mark.parametrize("trims", [True, False])
+def test_the_last_message_can_be_gone_on_from(content: str, trims: bool) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = CHATML if trims else CHATML.replace("m.content | trim", "m.content")
+    messages = [*MESSAGES, {"role": "assistant", "content": content}]
+    theirs, _ = render_jinja_template(conversations=[messages], chat_template=template, continue_final_message=True)
+    ours = ChatTemplate(template)
+    for prompt in (False, True):
+        found = ours.render(messages, continue_final_message=True, add_generation_prompt=prompt, control=CONTROL)
+        assert found.plain == theirs[0]
+    assert found.plain.endswith(content.rstrip() if trims else content)
+    parts = [*MESSAGES, {"role": "assistant", "content": [{"type": "text", "text": content}]}]
+    listed = ChatTemplate("{% for m in messages %}{{ m.content[0].text }}|{% endfor %}")
+    assert listed.render(parts[-1:], continue_final_message=True).text == content
+
+
+def test_nothing_to_go_on_from() -> None:
+    silent = ChatTemplate("{% for m in messages[:-1] %}{{ m.content }}{% endfor %}")
+    with pytest.raises(DataError, match="leaves out the last message"):
+        silent.render(MESSAGES, continue_final_message=True)
+    for messages in ([], [{"role": "assistant", "content": None}], [{"role": "assistant", "content": [{"type": "x"}]}]):
+        with pytest.raises(DataError, match="expected a last message"):
+            silent.render(messages, continue_final_message=True)
+
+
 def test_contents_that_leave_no_mark_and_values_too_deep_are_refused() -> None:
     every = "".join(map(chr, range(0xE000, 0xF8FF)))
     template = ChatTemplate(CHATML)
-    with pytest.raises(DataError, match=r"all 6399 characters from U\+E000 on"):
-        template.render([{"role": "user", "content": every}], control=CONTROL)
-    assert template.render([{"role": "user", "content": every[1:] + "<|im_end|>"}], control=CONTROL).mark == "\ue000"
+    for full in (every, every[1:]):
+        with pytest.raises(DataError, match=r"all 6399 characters from U\+E000 on"):
+            template.render([{"role": "user", "content": full}], control=CONTROL)
+    assert template.render([{"role": "user", "content": every[2:] + "<|im_end|>"}], control=CONTROL).mark == "\ue000"
     deep: Any = 1
     for _ in range(2000):
         deep = {"a": deep}

@@ -94,6 +94,15 @@ def test_chats_are_transformers(folder: Path) -> None:
     assert ours.apply_chat_template(MESSAGES, add_generation_prompt=False)[-2:] != expected[-2:]
 
 
+def test_a_chat_that_goes_on_is_transformers(folder: Path) -> None:
+    ours, other = Tokenizer.load(folder), theirs(folder)
+    messages = [*MESSAGES, {"role": "assistant", "content": "the cat"}]
+    expected = other.apply_chat_template(messages, continue_final_message=True, tokenize=True, return_dict=False)
+    assert ours.chat(messages, continue_final_message=True) == expected
+    assert ours.apply_chat_template(messages, continue_final_message=True) == expected
+    assert ours.chat(messages)[: len(expected)] == expected
+
+
 def test_no_text_becomes_a_control_token(folder: Path) -> None:
     ours = Tokenizer.load(folder)
     control = set(ours.control.values())

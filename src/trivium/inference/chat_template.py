@@ -2,7 +2,9 @@
 
 No paper. [Note: control tokens in contents] Before rendering, every control token's text inside a value that came with
 the messages is broken by a mark, a character that occurs nowhere else. Templates may search, cut and trim contents as
-they like; what is still unbroken in the output is the template's own. Marks go when the text becomes token ids.
+they like; what is still unbroken in the output is the template's own. Marks go when the text becomes token ids. A
+text that ends as a control token begins, or begins as one ends, is marked there too: what stands beside it, the
+template's own text or another content, must not complete it.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tokens: Mapping[str, str] | None = None,
         control: Iterable[str] = (),
         now: datetime.datetime | None = None,
@@ -62,11 +65,14 @@ class ChatTemplate:
     ) -> Rendered:
         """The chat as text. ``tokens``: ``bos_token`` and its like; ``control``: texts that contents must not say.
 
-        ``options`` go to the template as they are (``enable_thinking`` and such). ``now`` is for ``strftime_now``.
+        ``continue_final_message``: the text ends where the last message's content does, for an answer that goes on from
+        it, and ``add_generation_prompt`` has no effect. ``options`` go to the template as they are (``enable_thinking``
+        and such). ``now`` is for ``strftime_now``.
 
         Raises:
             TemplateRefusal: the template refuses these messages; its own words.
-            DataError: a role that is no name; the template failed, or exceeded its share of time, steps or size.
+            DataError: a role that is no name; nothing to go on from; the template failed, or exceeded its share of
+                time, steps or size.
         """
         if not isinstance(messages, (list, tuple)):
             raise DataError(
@@ -78,11 +84,14 @@ class ChatTemplate:
                 raise DataError(f"messages[{number}].role={str(role)[:80]!r}: expected a name such as 'user'")
         try:
             breaker = _Breaker((messages, tools, options), control)
+            given = breaker.broken(messages)
+            if continue_final_message:
+                given = _opened(given, breaker.end)
             variables = {
-                "messages": breaker.broken(messages),
+                "messages": given,
                 "tools": breaker.broken(tools) if tools else None,
                 "documents": None,
-                "add_generation_prompt": add_generation_prompt,
+                "add_generation_prompt": add_generation_prompt and not continue_final_message,
                 **(tokens or {}),
                 **breaker.broken(options),
             }
@@ -91,7 +100,28 @@ class ChatTemplate:
         except (TypeError, ValueError) as error:
             raise DataError(f"{self._source} cannot render these messages: {error}") from error
         text = self._template.run(variables, now=now)
+        if continue_final_message:
+            text = self._cut(text, breaker.end)
         return Rendered(text=text, mark=breaker.mark if breaker.used else "")
+
+    def _cut(self, text: str, end: str) -> str:
+        """``text`` up to the end of the last content; without its last spaces where the template trims contents."""
+        before, found, after = text.rpartition(end)
+        if not found:
+            raise DataError(f"{self._source} leaves out the last message, so that an answer cannot go on from it")
+        return before.replace(end, "") if after.startswith(" ") else before.replace(end, "").rstrip()
+
+
+def _opened(messages: list[dict[str, Any]], end: str) -> list[dict[str, Any]]:
+    """``messages`` with ``end`` and a space, which shows whether contents are trimmed, behind the last content."""
+    content = messages[-1].get("content") if messages else None
+    if isinstance(content, str):
+        return [*messages[:-1], messages[-1] | {"content": f"{content}{end} "}]
+    parts = content if isinstance(content, list) else []
+    if parts and isinstance(parts[-1], dict) and isinstance(parts[-1].get("text"), str):
+        last = parts[-1] | {"text": f"{parts[-1]['text']}{end} "}
+        return [*messages[:-1], messages[-1] | {"content": [*parts[:-1], last]}]
+    raise DataError("continue_final_message: expected a last message whose content is, or ends with, a text")
 
 
 class _Breaker:
@@ -100,17 +130,20 @@ class _Breaker:
     def __init__(self, values: Any, control: Iterable[str]) -> None:
         words = sorted((word for word in control if len(word) > 1), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, words))) if words else None
+        # Words of letters alone are left out: half the texts would end as one of them begins.
+        self._words = [word for word in words if not (word[0].isalnum() and word[-1].isalnum())]
+        self._longest = len(words[0]) if words else 0
         seen = set(json.dumps(values, ensure_ascii=False, default=str))
-        mark = next((mark for mark in _MARKS if mark not in seen), None)
-        if mark is None:
-            raise DataError(f"the messages hold all {len(_MARKS)} characters from U+E000 on: leave one of them out")
-        self.mark = mark
+        marks = [mark for mark in _MARKS if mark not in seen][:2]
+        if len(marks) < 2:
+            raise DataError(f"the messages hold all {len(_MARKS)} characters from U+E000 on: leave two of them out")
+        self.mark, self.end = marks
         self.used = False
 
     def broken(self, value: Any) -> Any:
         """A copy in which no text says a control token. A message's role is not content, but names a part."""
         if isinstance(value, str):
-            return value if self._pattern is None else self._pattern.sub(self._break, value)
+            return value if self._pattern is None else self._pattern.sub(self._break, self._open_ends(value))
         if isinstance(value, Mapping):
             return {self.broken(key): self.broken(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
@@ -120,3 +153,20 @@ class _Breaker:
     def _break(self, match: re.Match[str]) -> str:
         self.used = True
         return match[0][0] + self.mark + match[0][1:]
+
+    def _open_ends(self, text: str) -> str:
+        """``text`` marked inside what may be a control token's first or last part, once something stands beside it."""
+        stop, start = len(text.rstrip()), len(text) - len(text.lstrip())
+        places = {
+            at + 1
+            for at in range(max(start, stop - self._longest + 1), stop)
+            if any(len(word) > stop - at and word.startswith(text[at:stop]) for word in self._words)
+        } | {
+            at - 1
+            for at in range(start + 1, min(stop, start + self._longest - 1) + 1)
+            if any(len(word) > at - start and word.endswith(text[start:at]) for word in self._words)
+        }
+        for place in sorted(places, reverse=True):
+            text = text[:place] + self.mark + text[place:]
+            self.used = True
+        return text

@@ -96,10 +96,12 @@ class Tokenizer:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         prompt: bool = True,
+        continue_final_message: bool = False,
         **options: Any,
     ) -> list[int]:
         """Token ids of a chat by the model's template; ``prompt``: up to where the assistant begins.
 
+        ``continue_final_message``: up to the end of the last message's content instead, for an answer that goes on.
         Control tokens come from the template alone: in contents, names and tools their texts stay texts.
 
         Raises:
@@ -112,6 +114,7 @@ class Tokenizer:
             messages,
             tools=tools,
             add_generation_prompt=prompt,
+            continue_final_message=continue_final_message,
             tokens=self.names,
             control=self.control,
             **options,
@@ -130,10 +133,17 @@ class Tokenizer:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **options: Any,
     ) -> list[int]:
         """`chat` under the name other libraries use."""
-        return self.chat(messages, tools=tools, prompt=add_generation_prompt, **options)
+        return self.chat(
+            messages,
+            tools=tools,
+            prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **options,
+        )
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; none for control tokens and ids that are not there."""
