@@ -9,6 +9,7 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from trivium.serve.errors import ApiError, invalid
 
 Kind = Literal["json_schema", "regex", "lark"]
 _WORKERS = 2
+_WAIT_S = 2.0  # how long a grammar may wait for a worker; its own time begins afterwards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +102,8 @@ class Grammars:
     ) -> None:
         """``vocabulary``: every token's bytes, by id; ``control``: the texts of control tokens and their ids.
 
-        ``width`` is that of the logits; compiling takes at most ``limit_s``. Raises ConfigError where the vocabulary
-        cannot be used.
+        ``width`` is that of the logits; compiling takes at most ``limit_s``, not counting the wait for a worker. Raises
+        ConfigError where the vocabulary cannot be used.
         """
         tokens = _Tokens(vocabulary, control, end_ids)
         try:
@@ -117,13 +119,26 @@ class Grammars:
         """The constraint of ``grammar``.
 
         Raises:
-            ApiError: 400 where it is wrong or takes too long; 503 while earlier ones that took too long still run.
+            ApiError: 400 where it is wrong or takes too long; 429 where no worker is free soon.
         """
         if self._busy >= 4 * _WORKERS:
-            raise ApiError(503, "grammar_workers_busy", "all grammar workers are busy", headers={"Retry-After": "1"})
+            raise _all_busy()
         self._busy += 1
-        future = asyncio.get_running_loop().run_in_executor(self._pool, self._compile, grammar)
+        loop = asyncio.get_running_loop()
+        begun: asyncio.Future[None] = loop.create_future()
+
+        def work() -> GrammarConstraint:
+            with suppress(RuntimeError):  # the loop has ended: nobody waits any more
+                loop.call_soon_threadsafe(_tell, begun)
+            return self._compile(grammar)
+
+        future = loop.run_in_executor(self._pool, work)
         future.add_done_callback(self._done)
+        try:
+            await asyncio.wait_for(begun, _WAIT_S)
+        except (TimeoutError, asyncio.TimeoutError):
+            future.cancel()
+            raise _all_busy() from None
         try:
             return await asyncio.wait_for(asyncio.shield(future), self._limit_s)
         except (TimeoutError, asyncio.TimeoutError):
@@ -152,6 +167,15 @@ class Grammars:
                 grammar.param, f"{grammar.param} is too complex: {matcher.get_error()[:200]}", "invalid_grammar"
             )
         return GrammarConstraint(matcher, self._width)
+
+
+def _tell(begun: asyncio.Future[None]) -> None:
+    if not begun.done():
+        begun.set_result(None)
+
+
+def _all_busy() -> ApiError:
+    return ApiError(429, "grammar_workers_busy", "all grammar workers are busy", headers={"Retry-After": "1"})
 
 
 def json_options() -> dict[str, Any]:
