@@ -41,12 +41,19 @@ class ByteTokenizer:
         return bytes(token for token in token_ids if token < 256).decode("utf-8", errors="replace")
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None, prompt: bool
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None,
+        prompt: bool,
+        continue_final_message: bool,
     ) -> list[int]:
         ids = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM, "tool": TOOL}
         tokens = [SYSTEM, *json.dumps(tools).encode(), END] if tools else []
         for message in messages:
             tokens += [ids[message["role"]], *message["content"].encode(), END]
+        if continue_final_message:
+            return tokens[:-1]
         return [*tokens, ASSISTANT] if prompt else tokens
 
 
@@ -241,8 +248,8 @@ def _logprobs(token: int, wanted: int) -> TokenLogprobs:
     return TokenLogprobs(token_id=token, logprob=-0.5, top=top)
 
 
-def served(engine: StubEngine, *, name: str = "stub", grammar_s: float = 0.2) -> Served:
-    """The stub as the server takes it."""
+def served(engine: StubEngine, *, name: str = "stub", grammar_s: float = 20.0) -> Served:
+    """The stub as the server takes it; grammars may take long, for the machine may be slow."""
     control = {text: 256 + index for index, text in enumerate(CONTROL)}
     grammars = Grammars(
         [bytes([byte]) for byte in range(256)] + [b""] * 5,

@@ -284,6 +284,32 @@ def test_a_conversation_with_calls_in_it(server: Running) -> None:
         assert (bad.status, bad.error["param"]) == (400, "messages[1].tool_calls[0].function.arguments")
 
 
+def test_an_answer_goes_on(server: Running) -> None:
+    begun = [user("hi"), {"role": "assistant", "content": "Fish swim"}]
+    asked = {"messages": begun, "continue_final_message": True}
+    tokens = [257, *b"hi", 256, 258, *b"Fish swim"]
+    for more in ({}, {"add_generation_prompt": False}):
+        assert server.post("/tokenize", asked | more).json()["tokens"] == tokens
+        answer = server.chat(**asked, **more, max_tokens=9).json()
+        assert answer["choices"][0]["message"] == {
+            "role": "assistant",
+            "content": spoken(sum(tokens), 9),
+            "refusal": None,
+        }
+        assert answer["usage"]["prompt_tokens"] == len(tokens)
+    assert server.post("/tokenize", {"messages": begun, "add_generation_prompt": False}).json()["tokens"][-1] == 256
+    assert server.post("/tokenize", {"messages": begun}).json()["tokens"][-2:] == [256, 258]
+    shape = {"type": "json_object"}
+    for more, param in (
+        ({"add_generation_prompt": True}, "add_generation_prompt"),
+        ({"messages": [user("hi")]}, "messages"),
+        ({"response_format": shape}, "continue_final_message"),
+        ({"tools": [WEATHER]}, "continue_final_message"),
+    ):
+        refused = server.chat(**(asked | more))
+        assert (refused.status, refused.error["param"]) == (400, param)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
 @pytest.mark.parametrize("template", ["tools <tool_call>", 'tools "parameters"', "tools", "tools [TOOL_CALLS]"])
 def test_calls_are_found_in_text_however_it_is_cut(template: str, size: int) -> None:

@@ -143,6 +143,16 @@ def test_control_tokens_come_from_the_template_alone(tiny: Running, llm: LLM) ->
     ]
 
 
+def test_an_answer_goes_on_where_it_stopped(tiny: Running, offline: LLM) -> None:
+    asked = [user("the dog"), {"role": "assistant", "content": "ran after"}]
+    begun = tiny.post("/tokenize", {"messages": asked[:1]}).json()["tokens"]
+    tokens = [*begun, *offline.encode("ran after")]
+    assert tiny.post("/tokenize", {"messages": asked, "continue_final_message": True}).json()["tokens"] == tokens
+    expected = offline.generate(tokens, SamplingParams(max_tokens=12, temperature=0))[0].text
+    answer = tiny.chat(model="tiny", messages=asked, continue_final_message=True, max_tokens=12, temperature=0)
+    assert answer.json()["choices"][0]["message"]["content"] == expected
+
+
 def test_schemas_and_expressions_hold(client: openai.OpenAI) -> None:
     schema = {
         "type": "object",

@@ -54,9 +54,16 @@ async def chat(service: Service, exchange: Exchange) -> None:
             raise invalid(grammar.param, f"{grammar.param} and tools exclude each other, unless tool_choice is none")
         refuse_undoing(values, "tools")
         grammar = plan.grammar
+    if grammar is not None and values["continue_final_message"]:
+        message = f"continue_final_message and {grammar.param} exclude each other: what is written begins anew"
+        raise invalid("continue_final_message", message)
     constraint = None if grammar is None else await service.compile(grammar)
-    shown = values["tools"] if plan is not None else None
-    tokens = await service.chat_tokens(values["messages"], tools=shown, prompt=True)
+    tokens = await service.chat_tokens(
+        values["messages"],
+        tools=values["tools"] if plan is not None else None,
+        prompt=values["add_generation_prompt"],
+        onward=values["continue_final_message"],
+    )
     check_context(len(tokens), served, "messages")
     top = (values["top_logprobs"] or 0) if values["logprobs"] else None
     most = values["max_completion_tokens"] or values["max_tokens"]

@@ -52,6 +52,12 @@ def chat_fields(limits: Limits) -> tuple[Field, ...]:
         *_sampling(limits),
         *_streaming(),
         *_grammar(limits),
+        _continuing(),
+        Field(
+            name="add_generation_prompt",
+            read=f.boolean,
+            about="beyond OpenAI's; false leaves the assistant's begin out",
+        ),
         Field(name="tools", read=f.items(tool, 0, limits.tools), about="functions, by the model's own chat template"),
         Field(name="tool_choice", read=tool_choice, about="none, auto, required, or one function by name"),
         Field(name="parallel_tool_calls", read=f.boolean, default=True, about="false: one call at most"),
@@ -85,7 +91,8 @@ def tokenize_fields(limits: Limits) -> tuple[Field, ...]:
         ),
         Field(name="tools", read=f.items(tool, 0, limits.tools)),
         Field(name="add_special_tokens", read=f.boolean, default=True, about="what the tokenizer adds to a text"),
-        Field(name="add_generation_prompt", read=f.boolean, default=True),
+        _continuing(),
+        _beginning(),
     )
 
 
@@ -99,6 +106,16 @@ def detokenize_fields(limits: Limits) -> tuple[Field, ...]:
 
 def _model() -> Field:
     return Field(name="model", read=f.text(_NAME), about="the served name; any other is a 404")
+
+
+def _continuing() -> Field:
+    about = "beyond OpenAI's: the answer goes on from the last message, the assistant's"
+    return Field(name="continue_final_message", read=f.boolean, default=False, about=about)
+
+
+def _beginning() -> Field:
+    about = "beyond OpenAI's: whether an answer is begun; true unless continue_final_message is"
+    return Field(name="add_generation_prompt", read=f.boolean, about=about)
 
 
 def _user() -> Field:
@@ -137,11 +154,7 @@ def _grammar(limits: Limits) -> tuple[Field, ...]:
         Field(name="response_format", read=response_format, about="text, json_object or json_schema"),
         Field(name="regex", read=source, about="beyond OpenAI's: the answer matches this expression"),
         Field(name="grammar", read=source, about="beyond OpenAI's: the answer matches this Lark grammar"),
-        Field(
-            name="chat_template",
-            read=f.refused("a template comes with the model, never with a request"),
-            honoured=False,
-        ),
+        Field(name="chat_template", read=f.refused("templates come with the model"), honoured=False),
     )
 
 

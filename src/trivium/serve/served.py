@@ -75,9 +75,17 @@ class Tokenizer(Protocol):
         """The text of token ids, control tokens left out."""
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None, prompt: bool
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None,
+        prompt: bool,
+        continue_final_message: bool,
     ) -> list[int]:
-        """A chat by the model's template; ``prompt``: up to where the assistant begins."""
+        """A chat by the model's template; ``prompt``: up to where the assistant begins.
+
+        ``continue_final_message``: up to the end of the last content instead.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

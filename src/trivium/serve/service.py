@@ -138,17 +138,36 @@ class Service:
         return tokens
 
     async def chat_tokens(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None, prompt: bool
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None,
+        prompt: bool | None,
+        onward: bool,
     ) -> list[int]:
-        """Token ids of a chat by the model's template. Raises ApiError 400 where there is none, or it refuses."""
+        """Token ids of a chat by the model's template; ``onward``: up to the end of the last message, which goes on.
+
+        ``prompt``: with the beginning of an answer; None: unless ``onward``. Raises ApiError 400 where there is no
+        template, or it refuses.
+        """
         served = self.ready()
+        if onward and prompt:
+            message = "add_generation_prompt begins an answer and continue_final_message goes on with one: choose"
+            raise invalid("add_generation_prompt", message)
+        if onward and (messages[-1]["role"] != "assistant" or "tool_calls" in messages[-1]):
+            raise invalid("messages", "continue_final_message needs a last message of the assistant's, without calls")
+        begin = not onward if prompt is None else prompt
         tokenizer = self.tokenizer("messages")
         if served.template is None:
             message = "the model has no chat template; use /v1/completions"
             raise ApiError(400, "unsupported_parameter", message, param="messages")
         size = sum(len(message["content"]) for message in messages)
         check_characters(size, served, "messages")
-        return await self.off_loop(None, lambda: tokenizer.chat(messages, tools=tools, prompt=prompt), "messages")
+
+        def render() -> list[int]:
+            return tokenizer.chat(messages, tools=tools, prompt=begin, continue_final_message=onward)
+
+        return await self.off_loop(None, render, "messages")
 
     def tokenizer(self, param: str) -> Tokenizer:
         """The tokenizer. Raises ApiError 400 where the model has none."""

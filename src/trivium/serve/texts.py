@@ -88,7 +88,10 @@ async def tokenize(service: Service, exchange: Exchange) -> None:
         raise invalid("prompt", "send either prompt or messages")
     if values["messages"] is not None:
         tokens = await service.chat_tokens(
-            values["messages"], tools=values["tools"], prompt=values["add_generation_prompt"]
+            values["messages"],
+            tools=values["tools"],
+            prompt=values["add_generation_prompt"],
+            onward=values["continue_final_message"],
         )
     elif values["prompt"] == "":
         tokens = []
