@@ -120,7 +120,13 @@ def _inside(folder: Path, file: str) -> Path:
 
 
 def plan_files(slots: Sequence[Slot], max_shard_bytes: int) -> dict[str, list[Slot]]:
-    """Which file holds which tensors: in order, each file at most ``max_shard_bytes`` unless one tensor is larger."""
+    """Files as of `group_files`; in each the tensors of the widest dtype come first, so that all are aligned."""
+    files = group_files(slots, max_shard_bytes)
+    return {name: sorted(group, key=lambda slot: -slot.dtype.itemsize) for name, group in files.items()}
+
+
+def group_files(slots: Sequence[Slot], max_shard_bytes: int) -> dict[str, list[Slot]]:
+    """Which file holds which tensors, in order; each file at most ``max_shard_bytes`` unless one tensor is larger."""
     if max_shard_bytes < 1:
         raise CheckpointError(f"max_shard_bytes={max_shard_bytes}: expected 1 or more")
     groups: list[list[Slot]] = [[]]
@@ -131,10 +137,9 @@ def plan_files(slots: Sequence[Slot], max_shard_bytes: int) -> dict[str, list[Sl
             filled = 0
         groups[-1].append(slot)
         filled += slot.num_bytes
-    ordered = [sorted(group, key=lambda slot: -slot.dtype.itemsize) for group in groups]
-    if len(ordered) == 1:
-        return {SINGLE: ordered[0]}
-    return {f"model-{i:05d}-of-{len(ordered):05d}.safetensors": group for i, group in enumerate(ordered, 1)}
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
 class FolderWriter:

@@ -13,7 +13,7 @@ import torch
 
 from trivium.base.errors import ConfigError
 from trivium.checkpoint.convert import describe
-from trivium.checkpoint.folders import FolderWriter
+from trivium.checkpoint.folders import FolderWriter, group_files
 from trivium.checkpoint.shard_file import Slot as Stored
 from trivium.checkpoint.shard_file import count
 from trivium.inference.compile import compile_program
@@ -56,7 +56,7 @@ def write_quantized(
         shapes = tensors(opened.architecture)
         stored = opened.source.dtype
         slots = {name: _slots(opened, name, shape, formats.get(name), stored) for name, shape in shapes.items()}
-        plan = _plan([slot for group in slots.values() for slot in group], max_shard_bytes)
+        plan = group_files([slot for group in slots.values() for slot in group], max_shard_bytes)
         with FolderWriter(target, plan, config, overwrite=overwrite) as writer:
             for name in shapes:
                 for tensor in _written(opened.get(name), formats.get(name), stored):
@@ -112,18 +112,3 @@ def _written(tensor: torch.Tensor, packed: tuple[Format, int] | None, dtype: tor
         return
     matrix = pack(tensor, packed[0], group=packed[1])
     yield from (one for one in (matrix.data, matrix.scales, matrix.zeros) if one is not None)
-
-
-def _plan(slots: list[Stored], max_shard_bytes: int) -> dict[str, list[Stored]]:
-    """Files in the order of ``slots``, which is the order of packing."""
-    groups: list[list[Stored]] = [[]]
-    filled = 0
-    for slot in slots:
-        if groups[-1] and filled + slot.num_bytes > max_shard_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(slot)
-        filled += slot.num_bytes
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
