@@ -73,7 +73,8 @@ class Family:
 
     The map's keys are canonical names without the layer's and the expert's number and, unless it differs, without the
     last ``.weight`` or ``.bias``; several parts are alternatives, of which a checkpoint has one. ``base`` is a prefix
-    that checkpoints saved from the bare model lack. ``dropped`` are patterns of stored tensors that carry nothing.
+    that checkpoints saved from the bare model lack, ``bare`` the bare model's class where its name does not follow from
+    the other's. ``dropped`` are patterns of stored tensors that carry nothing.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Family:
     read: Callable[[Settings], Architecture]
     names: Callable[[Architecture], Names]
     base: str = "model."
+    bare: str | None = None
     head: str = "lm_head.weight"
     dropped: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
 

@@ -88,4 +88,6 @@ def _names(model: Architecture) -> Names:
 
 
 GEMMA2 = Family(name="gemma2", architectures=("Gemma2ForCausalLM",), read=_read2, names=_names)
-GEMMA3 = Family(name="gemma3_text", architectures=("Gemma3ForCausalLM",), read=_read3, names=_names)
+GEMMA3 = Family(
+    name="gemma3_text", architectures=("Gemma3ForCausalLM",), read=_read3, names=_names, bare="Gemma3TextModel"
+)

@@ -62,8 +62,8 @@ def known_family(config: Mapping[str, Any]) -> Family:
         if family.name != model_type:
             continue
         kinds = config.get("architectures")
-        base = family.architectures[0].removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "Model"
-        if isinstance(kinds, list) and kinds and not {base, *family.architectures} & set(map(str, kinds)):
+        bare = family.bare or family.architectures[0].removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "Model"
+        if isinstance(kinds, list) and kinds and not {bare, *family.architectures} & set(map(str, kinds)):
             raise ConfigError(
                 f"architectures={kinds!r}: of {family.name} Trivium computes {', '.join(family.architectures)}"
             )
