@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.inference.folders import tokenizer_json
@@ -21,6 +21,7 @@ class Words:
 
 
 @given(st.text(max_size=40), st.lists(st.integers(1, 5), max_size=60))
+@example("0𐀀\x80\x800\x80\x80ࠀ", [3, 5, 5, 2])
 def test_pieces_are_whole_characters_and_add_up(text: str, sizes: list[int]) -> None:
     tokens = BYTES.encode(text, special=False)
     stream = Detokenizer(BYTES)
@@ -56,6 +57,20 @@ def test_the_first_word_keeps_its_space_after_a_prompt() -> None:
     stream = Detokenizer(Words(), [5, 6])
     assert [stream.push([7]), stream.push([8, 9]), stream.flush()] == [" 7", " 8 9", ""]
     assert Detokenizer(Words()).push([7]) == "7"
+
+
+@given(st.text(min_size=1, max_size=12), st.text(max_size=12), st.data())
+def test_a_character_that_begins_in_the_prompt_belongs_to_the_answer(
+    before: str, after: str, data: st.DataObject
+) -> None:
+    tokens = BYTES.encode(before + after, special=False)
+    cut = data.draw(st.integers(0, len(tokens)))
+    prompt = tokens[:cut]
+    stream = Detokenizer(BYTES, prompt)
+    pieces = [stream.push([token]) for token in tokens[cut:]]
+    whole = bytes(BYTES.token_bytes(token)[0] for token in prompt).decode(errors="ignore")
+    assert (before + after).startswith(whole)
+    assert "".join(pieces) + stream.flush() == (before + after)[len(whole) :]
 
 
 def test_tokens_without_text_do_not_pile_up() -> None:

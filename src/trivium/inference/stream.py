@@ -20,7 +20,7 @@ class Detokenizer:
     """Text of one answer, token by token. All pieces together are the text of all tokens.
 
     A piece is what a short tail of tokens says with the new ones, minus what it said without them; it is held back
-    while it ends in an unfinished character.
+    while it ends in an unfinished character. One that begins in the prompt and ends in the answer is the answer's.
     """
 
     def __init__(self, decoder: Decoder, before: Sequence[int] = ()) -> None:
@@ -32,19 +32,25 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The new whole characters after ``token_ids``."""
-        self._tail.extend(token_ids)
+        return "".join([self._push(token) for token in token_ids])
+
+    def flush(self) -> str:
+        """What was held back: an unfinished character appears as U+FFFD."""
+        return self._emit(self._decoder.decode(self._tail)) if len(self._tail) > self._num_said else ""
+
+    def _push(self, token_id: int) -> str:
+        self._tail.append(token_id)
         text = self._decoder.decode(self._tail)
         held = len(self._tail) - self._num_said
         if text.endswith(_REPLACEMENT) and held < _LONGEST_HOLD:
             return ""
         return self._emit(text)
 
-    def flush(self) -> str:
-        """What was held back: an unfinished character appears as U+FFFD."""
-        return self._emit(self._decoder.decode(self._tail)) if len(self._tail) > self._num_said else ""
-
     def _emit(self, text: str) -> str:
-        piece = text[len(self._said) :]
+        at = len(self._said)
+        if self._said.endswith(_REPLACEMENT) and not text.startswith(self._said):
+            at = next(i for i, char in enumerate(self._said) if text[i : i + 1] != char)
+        piece = text[at:]
         if piece:
             self._tail = self._tail[self._num_said :]
             self._said = self._decoder.decode(self._tail)
