@@ -202,6 +202,47 @@ def test_i20_any_mix_with_cancels_adds_up(seed: int, speculate: bool) -> None:
                 )
 
 
+def test_i20_what_a_cancelled_prompt_left_is_not_found() -> None:
+    """Nobody has seen yet whether it is finite: with the prompt half read, and after it gave way to another."""
+    toy = ToyExecutor(poison=frozenset({39}))
+    small = engine(toy, blocks=16)
+    shared = list(range(1, 9))
+    Answers(small).run(ask("before", shared))
+    kept = small.stats.blocks_remembered
+    answers = Answers(small).run(ask("bad", [39] * 30), ask("longer", shared + [39] * 30), steps=1)
+    assert small.stats.blocks_remembered > kept
+    assert small.cancel("bad") and small.cancel("longer")
+    answers.run()
+    assert small.stats.blocks_remembered == kept
+    assert Answers(small).run(ask("again", [39] * 30)).last("again").cached_tokens == 0
+    assert Answers(small).run(ask("shared", [*shared, 7])).last("shared").cached_tokens == 8
+
+    small = engine(toy, blocks=16, max_sequences=3, step_tokens=4)
+    answers = Answers(small).run(ask("first", [5], max_tokens=60), steps=1)
+    answers.run(ask("bad", [39] * 50), steps=2)
+    for _ in range(60):
+        if small.stats.preemptions:
+            break
+        answers.run(steps=1)
+    assert small.stats.preemptions == 1 and small.cancel("bad")
+    answers.run()
+    assert Answers(small).run(ask("again", [39] * 50)).last("again").cached_tokens == 0
+
+
+def test_what_was_cancelled_before_a_step_that_raises_is_told() -> None:
+    toy = ToyExecutor()
+    shaken = engine(toy)
+    answers = Answers(shaken).run(ask("a", [1, 2]), ask("b", [3]), steps=1)
+    shaken.cancel("b")
+    toy.raises = RuntimeError("lost")
+    with pytest.raises(RuntimeError, match="lost"):
+        shaken.step()
+    toy.raises = None
+    answers.run()
+    assert answers.last("b").finish_reason == "abort"
+    assert answers.tokens("a") == toy.greedy([1, 2], 8)
+
+
 def test_a_step_that_raises_can_be_tried_again() -> None:
     toy = ToyExecutor()
     shaken = engine(toy, blocks=12)

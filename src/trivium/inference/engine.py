@@ -159,6 +159,8 @@ class Engine:
         if choices is None:
             return False
         for choice in list(choices):
+            if not choice.num_generated:  # no row has shown yet that what it computed is finite
+                self._scheduler.distrust(choice.sequence)
             self._pending.append(choice.delta("", [], reason="abort"))
             self._end(choice, "abort")
         return True
@@ -172,13 +174,17 @@ class Engine:
 
         When the executor raises, nothing has changed: the step can be tried again, or the requests cancelled.
         """
-        deltas, self._pending = self._pending, []
         started = time.perf_counter()
         plan = self._scheduler.schedule()
         if not plan.pieces:
+            deltas, self._pending = self._pending, []
             return deltas
         self.cache.copy(plan.copies)
-        for run in self._run(plan.pieces, deltas):
+        runs, refused = self._run(plan.pieces)
+        deltas, self._pending = self._pending, []
+        for choice, why in refused:
+            self._fail(choice, why, deltas)
+        for run in runs:
             self._finish(run, deltas)
         self._counters.steps += 1
         if self._speculate and all(piece.count == 1 and piece.last for piece in plan.pieces):
@@ -207,10 +213,10 @@ class Engine:
                                param="request_id")  # fmt: skip
         self._scheduler.pool.forget_all()
 
-    def _run(self, pieces: list[Piece], deltas: list[Delta]) -> list[_Run]:
+    def _run(self, pieces: list[Piece]) -> tuple[list[_Run], list[tuple[Choice, str]]]:
         """All pieces in one call, but those that replay choices of experts in a call of their own each.
 
-        Choices of experts that the executor refuses end their own request alone.
+        Also returns whose choices of experts the executor refused, and why: their own requests alone end.
         """
         alone = [piece for piece in pieces if self._choices[piece.sequence].request.routing is not None]
         groups = [[piece] for piece in alone]
@@ -232,9 +238,7 @@ class Engine:
                 refused.append((self._choices[group[0].sequence], str(error)))
                 continue
             runs.append(_Run(group, step.rows, output))
-        for choice, why in refused:
-            self._fail(choice, why, deltas)
-        return runs
+        return runs, refused
 
     def _finish(self, run: _Run, deltas: list[Delta]) -> None:
         """Draw tokens, then tell and advance piece by piece."""

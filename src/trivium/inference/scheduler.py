@@ -212,6 +212,11 @@ class Scheduler:
         self._release(sequence)
         sequence.state = State.FINISHED
 
+    def distrust(self, sequence: Sequence) -> None:
+        """Take out of the prefix cache what the sequence put there, also before it gave way to another."""
+        for digest in sequence.digests[sequence.num_cached // self.pool.block_size :]:
+            self.pool.forget(self.pool.match([digest]))
+
     def sequences(self) -> Iterator[Sequence]:
         """All that are not finished."""
         for sequence in (*self.running, *self.waiting):
