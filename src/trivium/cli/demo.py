@@ -30,6 +30,7 @@ from trivium.cli.output import data_console
 
 KILLED_AT, SAVED_EVERY = 16, 8
 ASK = 5
+INTERRUPTED = 130
 REQUIRED_SHARE = 0.95
 REQUIRED_RATIO = 0.7
 
@@ -131,6 +132,8 @@ class _Demo:
 
         with _followed(rows_path, show):
             code, _ = launching.launch("demo", ["--folder", str(self.folder)], demo_runs.RANKS)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
         if code:
             raise TriviumError(f"the runs of part 2 failed with exit code {code}")
         hashes = {row["sha256"] for row in rows}
@@ -224,14 +227,7 @@ class _Demo:
     ) -> subprocess.CompletedProcess[str]:
         """``trivium train`` or ``distill`` as one would type it."""
         command = [sys.executable, "-m", "trivium", verb, str(self._files[name]), "--ranks", str(ranks), "--json"]
-        return subprocess.run(
-            [*command, *options],
-            env={**os.environ, **(environment or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if quiet else None,
-            text=True,
-            check=False,
-        )
+        return _call([*command, *options], environment, subprocess.PIPE, subprocess.PIPE if quiet else None)
 
     def _head(self, number: str, words: str) -> None:
         self.console.print()
@@ -254,8 +250,8 @@ def _rank(folder: Path) -> tuple[int, Any]:
     torch.set_num_threads(1)
     mesh = init(device="cpu")
     log.get().setLevel("WARNING")
-    demo_same.run(folder / "same.json", folder / "same.jsonl", mesh)
-    return 0, None
+    stopped = demo_same.run(folder / "same.json", folder / "same.jsonl", mesh)
+    return (128 + stopped if stopped else 0), None
 
 
 def _half_hour() -> int:
@@ -263,7 +259,29 @@ def _half_hour() -> int:
     command = [sys.executable, "-m", "trivium", "train", "configs/stdlib.toml", "--ranks", str(demo_runs.RANKS)]
     if not Path("configs/stdlib.toml").is_file():
         raise ConfigError("configs/stdlib.toml is not here: run `make demo-text` in the project's folder")
-    return subprocess.run(command, check=False).returncode
+    return _call(command).returncode
+
+
+def _call(
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    stdout: int | None = None,
+    stderr: int | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run ``command`` to its end. Ctrl-C is handed on and its own way of stopping waited for, then it ends this too."""
+    interrupted = False
+    env = {**os.environ, **(environment or {})}
+    with subprocess.Popen(command, env=env, stdout=stdout, stderr=stderr, text=True) as process:
+        while True:
+            try:
+                out, err = process.communicate()
+                break
+            except KeyboardInterrupt:
+                interrupted = True
+                process.send_signal(signal.SIGINT)
+    if interrupted or process.returncode == INTERRUPTED:
+        raise KeyboardInterrupt
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def _empty(folder: Path) -> None:

@@ -26,8 +26,11 @@ from trivium.train.loop import train
 from trivium.train.schedule import factor
 
 
-def run(config_path: Path, rows_path: Path, mesh: Mesh) -> None:
-    """Train the configuration at every stage, then on rank 0 alone with nothing but torch; a row of JSON for each."""
+def run(config_path: Path, rows_path: Path, mesh: Mesh) -> int:
+    """Train the configuration at every stage, then on rank 0 alone with nothing but torch; a row of JSON for each.
+
+    Returns the signal that stopped one of the runs and with it the rest, or 0.
+    """
     config = configs.load(TrainConfig, config_path)
 
     def write(**row: Any) -> None:
@@ -39,6 +42,8 @@ def run(config_path: Path, rows_path: Path, mesh: Mesh) -> None:
         begun = time.perf_counter()
         at_stage = replace(config, run=f"{config.run}/stage-{stage}", zero=replace(config.zero, stage=stage))
         outcome = train(at_stage, mesh, terminal=False)
+        if outcome.signal:
+            return outcome.signal
         sent = [row["payload_bytes"] for row in outcome.rows if row["kind"] == "step"][2:]
         write(
             name=f"stage {stage}",
@@ -47,6 +52,7 @@ def run(config_path: Path, rows_path: Path, mesh: Mesh) -> None:
             sent_bytes=sent[len(sent) // 2] if sent else 0,
         )
     _alone(config, mesh, write)
+    return 0
 
 
 def _alone(config: TrainConfig, mesh: Mesh, write: Callable[..., None]) -> None:
