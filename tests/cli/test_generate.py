@@ -76,20 +76,46 @@ def test_a_file_of_prompts_in_order_with_settings_of_their_own(model, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("text", "words", "code"),
+    ("text", "words"),
     [
-        ('"a"\n{"prompt": ', "prompts.jsonl:2: not JSON", 1),
-        ("7", "prompts.jsonl:1: expected a text", 1),
-        ('{"prompt": "a", "temprature": 1}', "prompts.jsonl:1: got an unexpected keyword argument 'temprature'", 1),
-        ('{"prompt": "a", "top_p": 7}', "prompts.jsonl:1: top_p=7: expected a number from 0 to 1", 1),
-        ('{"id": 1}', "prompts.jsonl:1: expected one of prompt and messages", 1),
+        ('{"prompt": ', "not JSON"),
+        ("7", "expected a text"),
+        ('{"prompt": "a", "temprature": 1}', "got an unexpected keyword argument 'temprature'"),
+        ('{"prompt": "a", "top_p": 7}', "top_p=7: expected a number from 0 to 1"),
+        ('{"id": 1}', "expected one of prompt and messages"),
+        ('{"messages": 7}', "messages is a int"),
     ],
 )
-def test_bad_lines_are_named(model, tmp_path, capsys, text: str, words: str, code: int) -> None:
+def test_bad_lines_fail_alone(model, tmp_path, capsys, text: str, words: str) -> None:
     file = tmp_path / "prompts.jsonl"
-    file.write_text(text)
-    assert frame.run(["generate", model, "--file", str(file), *QUICK]) == code
-    assert words in capsys.readouterr().err
+    file.write_text(f'"before"\n{text}\n\n"after"\n{text}')
+    assert frame.run(["generate", model, "--file", str(file), *QUICK]) == 1
+    captured = capsys.readouterr()
+    found = lines(captured.out)
+    assert [line["index"] for line in found] == [0, 1, 2, 3]
+    assert [line["finish_reason"] for line in found] == ["length", "error", "length", "error"]
+    for line, number in ((found[1], 2), (found[3], 5)):
+        assert f"prompts.jsonl:{number}: {words}" in str(line["error"])
+        assert (line["text"], line["token_ids"]) == ("", [])
+    assert "error: 2 of 4 prompts failed; their lines say why" in captured.err
+
+
+def test_a_file_of_bad_lines_alone(model, tmp_path, capsys) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(b"\xff\n{\n" + b"[" * 100_000)
+    assert frame.run(["generate", model, "--file", str(file), *QUICK]) == 1
+    captured = capsys.readouterr()
+    assert [line["finish_reason"] for line in lines(captured.out)] == ["error"] * 3
+    assert "error: 3 of 3 prompts failed" in captured.err and "Traceback" not in captured.err
+
+
+def test_log_probabilities_come_as_json(model, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert frame.run(["generate", model, "-p", "hello", "--logprobs", "2", *QUICK]) == 0
+    (line,) = lines(capsys.readouterr().out)
+    assert [len(one["top"]) for one in line["logprobs"]] == [2] * 6  # type: ignore[attr-defined]
+    assert frame.run(["generate", model, "-p", "hello", "--logprobs", "2", "--text", *QUICK]) == 2
+    assert "without --logprobs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -105,10 +131,14 @@ def test_bad_lines_are_named(model, tmp_path, capsys, text: str, words: str, cod
         (["MODEL", "-p", "x", "--device", "tpu"], "device='tpu': expected auto, cpu or cuda", 2),
         (["BARE", "-p", "x"], "no tokenizer", 1),
         (["BARE", "-p", "x", "--chat"], "no tokenizer", 2),
+        (["BARE", "--file", "FILE", "--chat"], "no tokenizer", 2),
+        (["MODEL", "--file", "FILE", "--top-p", "2"], "top_p=2: expected a number from 0 to 1", 2),
     ],
 )
-def test_wrong_usage(model, bare, capsys, arguments: list[str], words: str, code: int) -> None:
-    given = [model if word == "MODEL" else bare if word == "BARE" else word for word in arguments]
+def test_wrong_usage(model, bare, tmp_path, capsys, arguments: list[str], words: str, code: int) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"x"\n')
+    given = [{"MODEL": model, "BARE": bare, "FILE": str(file)}.get(word, word) for word in arguments]
     assert frame.run(["generate", *given, "--backend", "torch"]) == code
     captured = capsys.readouterr()
     assert words in captured.err + captured.out

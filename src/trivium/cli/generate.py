@@ -78,9 +78,12 @@ def generate(
     )  # fmt: skip
     changes |= {"max_tokens": max_tokens, "n": n, "ignore_eos": ignore_eos, "echo": echo}
     prompts: list[Any] = list(prompt or ([] if file is not None else [_read_stdin()]))
-    streams = file is None and len(prompts) == 1 and n == 1 and not as_json and (as_text or sys.stdout.isatty())
+    single = file is None and len(prompts) == 1 and n == 1 and logprobs is None
+    streams = single and not as_json and (as_text or sys.stdout.isatty())
     if as_text and not streams:
-        raise ConfigError("--text: expected one prompt with one answer; several come as JSON lines")
+        raise ConfigError(
+            "--text: expected one prompt with one answer, without --logprobs; all else comes as JSON lines"
+        )
     options = Options(
         dtype=dtype, quantize=quantize, device=device, memory=memory, backend=backend, threads=threads,
         max_positions=max_positions, cache_dtype=cache_dtype,
@@ -89,8 +92,12 @@ def generate(
     llm = open_llm(
         model, options, max_sequences=max_sequences, step_tokens=max(256, 4 * max_sequences), speculate=speculate
     )
+    params = llm.sampling(**changes)
+    if chat and (llm.tokenizer is None or llm.tokenizer.template is None):
+        missing = "tokenizer" if llm.tokenizer is None else "chat template"
+        raise ConfigError(f"--chat: {llm.name} has no {missing}; leave --chat out, or add one to the folder")
     if streams:
-        _stream(llm, _tokens(llm, prompts[0], chat), llm.sampling(**changes))
+        _stream(llm, _tokens(llm, prompts[0], chat), params)
     else:
         items = _items(file) if file is not None else ((f"prompt {i}", p) for i, p in enumerate(prompts))
         _batch(llm, items, changes, chat, total)
@@ -118,31 +125,60 @@ def _stream(llm: LLM, prompt: Any, params: SamplingParams) -> None:
 
 def _batch(llm: LLM, items: Iterator[tuple[str, Any]], changes: dict[str, Any], chat: bool, total: int | None) -> None:
     """One JSON line per prompt on stdout, in the order of the prompts; progress on stderr. Bad prompts fail alone."""
-    kept: dict[int, tuple[str, Any]] = {}
-    progress = _Progress(llm, total)
-    waiting: dict[int, dict[str, Any]] = {}
-    next_index = failed = 0
+    from trivium.inference import Answer, Output
+
+    lines = _Lines(_Progress(llm, total))
+    kept: list[tuple[int, Any]] = []  # what the engine was asked: the prompt's own number, and what its line said
 
     def asked() -> Generator[tuple[Any, SamplingParams | None], None, None]:
         for index, (where, item) in enumerate(items):
-            kept[index] = (where, item)
-            yield _request(llm, where, item, changes, chat)
+            try:
+                request = _request(llm, where, item, changes, chat)
+            except (TriviumError, UnicodeError) as error:
+                answer = Answer(finish_reason="error", error=str(error))
+                lines.add(
+                    index, None if isinstance(item, DataError) else item, Output(prompt_token_ids=[], choices=[answer])
+                )
+                continue
+            kept.append((index, item))
+            yield request
 
     with contextlib.closing(asked()) as source:
-        for index, output in llm.generate_each(source):
-            waiting[index] = _line(index, kept.pop(index)[1], output)
-            failed += any(choice.finish_reason == "error" for choice in output.choices)
-            while next_index in waiting:
-                print(json.dumps(waiting.pop(next_index), ensure_ascii=False), flush=True)
-                next_index += 1
-            progress.done()
-    progress.end(failed)
-    if failed:
-        raise TriviumError(f"{failed} of {next_index} prompts failed; their lines say why")
+        for place, output in llm.generate_each(source):
+            index, item = kept[place]
+            kept[place] = (index, None)
+            lines.add(index, item, output)
+    lines.end()
+
+
+class _Lines:
+    """What was answered, written in the order of the prompts."""
+
+    def __init__(self, progress: _Progress) -> None:
+        self._progress = progress
+        self._waiting: dict[int, dict[str, Any]] = {}
+        self._next = self._failed = 0
+
+    def add(self, index: int, item: Any, output: Output) -> None:
+        """The ``index``-th prompt's line, once those before it are written."""
+        self._waiting[index] = _line(index, item, output)
+        self._failed += any(choice.finish_reason == "error" for choice in output.choices)
+        while self._next in self._waiting:
+            print(json.dumps(self._waiting.pop(self._next), ensure_ascii=False), flush=True)
+            self._next += 1
+        self._progress.done()
+
+    def end(self) -> None:
+        """Raises TriviumError where a prompt failed."""
+        self._progress.end(self._failed)
+        if self._failed:
+            raise TriviumError(f"{self._failed} of {self._next} prompts failed; their lines say why")
 
 
 def _request(llm: LLM, where: str, item: Any, changes: dict[str, Any], chat: bool) -> tuple[Any, SamplingParams | None]:
-    """A prompt and its settings; what is wrong with a line's own settings names the line."""
+    """A prompt and its settings; what is wrong with a line names it."""
+    if isinstance(item, DataError):
+        raise item
     if not isinstance(item, dict):
         return _tokens(llm, item, chat), llm.sampling(**changes)
     own = {name: value for name, value in item.items() if name not in ("prompt", "messages", "id")}
@@ -150,17 +186,21 @@ def _request(llm: LLM, where: str, item: Any, changes: dict[str, Any], chat: boo
         raise DataError(f"{where}: expected one of prompt and messages")
     try:
         params = llm.sampling(**{**changes, **own})
+        if "messages" in item:
+            return llm.encode_chat(item["messages"]), params
+        return _tokens(llm, item["prompt"], chat), params
     except TypeError as error:
         raise DataError(f"{where}: {str(error).rpartition('() ')[2]}") from None
     except TriviumError as error:
         raise DataError(f"{where}: {error}") from None
-    if "messages" in item:
-        return llm.encode_chat(item["messages"]), params
-    return _tokens(llm, item["prompt"], chat), params
 
 
 def _tokens(llm: LLM, prompt: Any, chat: bool) -> Any:
-    return llm.encode_chat([{"role": "user", "content": prompt}]) if chat else prompt
+    if not chat:
+        return prompt
+    if not isinstance(prompt, str):
+        raise DataError(f"--chat with a prompt that is a {type(prompt).__name__}: expected text")
+    return llm.encode_chat([{"role": "user", "content": prompt}])
 
 
 def _line(index: int, item: Any, output: Output) -> dict[str, Any]:
@@ -186,7 +226,7 @@ def _line(index: int, item: Any, output: Output) -> dict[str, Any]:
     if isinstance(item, dict) and "messages" in item:
         line["messages"] = item["messages"]
     else:
-        line["prompt"] = item["prompt"] if isinstance(item, dict) else item
+        line["prompt"] = item.get("prompt") if isinstance(item, dict) else item
     line |= {"prompt_tokens": len(output.prompt_token_ids), "cached_tokens": output.cached_tokens}
     return {**line, **(choices[0] if len(choices) == 1 else {"choices": choices})}
 
@@ -243,17 +283,20 @@ def _read_stdin() -> str:
 
 
 def _items(file: Path) -> Iterator[tuple[str, Any]]:
+    """Where each prompt stands and what its line says, or the DataError that it is."""
     with file.open("rb") as opened:
         for number, line in enumerate(iter(lambda: opened.readline(_LINE_BYTES), b""), start=1):
             if not line.strip():
                 continue
+            where = f"{file}:{number}"
             try:
                 item = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{file}:{number}: not JSON: {error}") from None
-            if not isinstance(item, (str, list, dict)):
-                raise DataError(f"{file}:{number}: expected a text, a list of token ids, or an object")
-            yield f"{file}:{number}", item
+                item = DataError(f"{where}: not JSON: {error}")
+            else:
+                if not isinstance(item, (str, list, dict)):
+                    item = DataError(f"{where}: expected a text, a list of token ids, or an object")
+            yield where, item
 
 
 def _count(file: Path) -> int:
