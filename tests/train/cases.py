@@ -246,3 +246,24 @@ def interrupted(mesh: Any, values: dict[str, Any], number: int) -> tuple[int, in
 
 def saved_name(step: int) -> str:
     return saving.name_of(step)
+
+
+def shape_changed(mesh: Any, values: dict[str, Any]) -> list[str]:
+    """What a run whose model is another one at the gate or at its norms is told about the checkpoint it finds."""
+    from dataclasses import replace
+
+    from trivium.moe import GateConfig
+
+    config = config_of(values)
+    parts = assemble(config, mesh, read_text(config, mesh))
+    decoder, told = parts.decoder, []
+    assert decoder.moe is not None
+    gates = replace(decoder, moe=replace(decoder.moe, gate=GateConfig(score="sigmoid")))
+    roads = replace(decoder, moe=replace(decoder.moe, exchange=replace(decoder.moe.exchange, kind="flat")))
+    for other in (gates, replace(decoder, norm_eps=1e-3), roads):
+        try:
+            saving.resume(config, replace(parts, decoder=other), mesh)
+            told.append("")
+        except TriviumError as error:
+            told.append(str(error))
+    return told

@@ -75,6 +75,24 @@ def test_resume_is_exact(world: Worlds, folder: Path) -> None:
     assert resumed["digest"] == expected["digest"] is not None
 
 
+def test_a_run_never_goes_on_with_a_gate_that_weighs_otherwise(world: Worlds, folder: Path) -> None:
+    values = table(folder, train__steps=2, train__validate_every=0)
+    world(1).run(cases.run, values)
+    (told,) = world(1).run(cases.shape_changed, values)
+    assert "model.moe.gate.score cannot change on resume" in told[0] and "'softmax' → 'sigmoid'" in told[0]
+    assert "model.norm_eps cannot change on resume" in told[1]
+    assert told[2] == ""
+
+
+def test_padding_takes_no_place_at_an_expert(world: Worlds, folder: Path) -> None:
+    """Long and short prompts side by side go on as each does alone, whatever an expert's capacity."""
+    moe = {"capacity": {"factor": 0.25, "minimum": 1}, "residual": "none"}
+    values = table(folder, moe, zero__stage=3, model__init_std=0.7)
+    prompts = [[5], list(range(20, 44)), [7, 8], [9], list(range(30, 48)), [60, 61, 62]]
+    for together, apart in world(2).run(cases.greedy, values, prompts):
+        assert together == apart and any(apart)
+
+
 def test_recomputation_replays_the_routing(world: Worlds, folder: Path) -> None:
     for first, second in world(2).run(cases.recomputing, table(folder, zero__stage=3)):
         assert first == second

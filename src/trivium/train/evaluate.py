@@ -1,18 +1,36 @@
 """Greedy text from a sharded model, without a cache: every token runs the whole text again. For tasks and samples.
 
-Prompts are dealt to the ranks; all ranks run equally many forwards, so that each takes part in every gather.
+Prompts are dealt to the ranks; all ranks run equally many forwards, so that each takes part in every gather. Experts
+drop nothing here, as when the model is served: rows stand beside others' padding, which must not take their places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from trivium.base.errors import ConfigError
 from trivium.dist.comm import Comm
-from trivium.models import Decoder
+from trivium.models import Decoder, MoEBlock
 from trivium.train.data import Tokenizer
+
+
+@contextlib.contextmanager
+def drop_free(model: Decoder) -> Iterator[None]:
+    """Inside the block ``model`` is in evaluation mode and its experts take every token, whatever their capacity."""
+    layers = [block.moe for block in model.blocks if isinstance(block, MoEBlock)]
+    training, limits = model.training, [layer.capacity for layer in layers]
+    model.eval()
+    for layer in layers:
+        layer.capacity = None
+    try:
+        yield
+    finally:
+        model.train(training)
+        for layer, limit in zip(layers, limits, strict=True):
+            layer.capacity = limit
 
 
 class Generator:
@@ -40,22 +58,20 @@ class Generator:
         rows = [list(ids) for ids in prompts] or [[self.tokenizer.end_id]]
         written: list[list[int]] = [[] for _ in rows]
         open_rows = [bool(prompts)] * len(rows)
-        training = self.model.training
-        self.model.eval()  # nothing is drawn
-        for _ in range(max_tokens):
-            if not self.comm.all_reduce_ints([int(any(open_rows))], "max")[0]:
-                break
-            ids = self._next(rows)
-            for index, row in enumerate(rows):
-                if not open_rows[index]:
-                    continue
-                if ids[index] == self.tokenizer.end_id:
-                    open_rows[index] = False
-                    continue
-                row.append(ids[index])
-                written[index].append(ids[index])
-                open_rows[index] = len(row) < limit
-        self.model.train(training)
+        with drop_free(self.model):
+            for _ in range(max_tokens):
+                if not self.comm.all_reduce_ints([int(any(open_rows))], "max")[0]:
+                    break
+                ids = self._next(rows)
+                for index, row in enumerate(rows):
+                    if not open_rows[index]:
+                        continue
+                    if ids[index] == self.tokenizer.end_id:
+                        open_rows[index] = False
+                        continue
+                    row.append(ids[index])
+                    written[index].append(ids[index])
+                    open_rows[index] = len(row) < limit
         return written[: len(prompts)]
 
     def _next(self, rows: Sequence[Sequence[int]]) -> list[int]:

@@ -14,6 +14,7 @@ from trivium.dist.comm import Comm
 from trivium.models import Decoder, MoEBlock, Record
 from trivium.moe import Aux, Gate, Tally
 from trivium.train.data import Tokenizer
+from trivium.train.evaluate import drop_free
 from trivium.train.tasks import TaskConfig, held_out_examples
 
 # The ledger's phases of rows on their way to experts and back, and of the counts that are agreed before.
@@ -100,16 +101,15 @@ def task_choices(
 def choices(model: Decoder, rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> dict[int, list[int]]:
     """How often each layer sends these texts' tokens to each expert. Collective at stage 3 or with experts apart.
 
-    ``rows``: token ids; ranks may have different ones, or none.
+    ``rows``: token ids; ranks may have different ones, or none. Nothing is dropped: see `drop_free`.
     """
     longest = max((len(row) for row in rows), default=1)
     padded = [[*row, *[pad_id] * (longest - len(row))] for row in rows] or [[pad_id]]
     counts = torch.tensor([len(row) for row in rows] or [0], device=device)
     used_T = (torch.arange(longest, device=device)[None] < counts[:, None]).view(-1)
-    record, training = Record(), model.training
-    model.eval()
-    model(torch.tensor(padded, device=device), record=record)
-    model.train(training)
+    record = Record()
+    with drop_free(model):
+        model(torch.tensor(padded, device=device), record=record)
     found = {}
     for number, aux in record.aux.items():
         chosen = aux.routing.experts_TK[used_T].view(-1)

@@ -16,6 +16,7 @@ from trivium.base import log
 from trivium.base.errors import CapacityError, CheckpointError, ConfigError
 from trivium.checkpoint.convert import describe
 from trivium.dist.mesh import Mesh
+from trivium.models import DecoderConfig
 from trivium.train.build import Parts, lead
 from trivium.train.config import TrainConfig
 from trivium.zero.api import engine_of
@@ -23,7 +24,10 @@ from trivium.zero.api import engine_of
 # What another value of would make the saved states meaningless or the data another; the rest may change, and is told.
 # Whether paths lead to the same text is for the loader to say, which knows the text's hash.
 _FIXED = ("model.", "tasks.", "data.", "train.micro_batch", "train.seed", "optimizer.betas")
-_FREE = ("model.from", "model.preset", "data.cache", "data.paths", "data.format", "data.limit_bytes")
+_FREE = (
+    *("model.from", "model.preset", "data.cache", "data.paths", "data.format", "data.limit_bytes"),
+    *("model.moe.exchange.kind", "model.moe.exchange.node", "model.moe.exchange.crossover_bytes"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +82,7 @@ def resume(config: TrainConfig, parts: Parts, mesh: Mesh) -> Progress:
         ConfigError: ``never``, but the folder holds a run.
     """
     policy = config.checkpoint.resume
-    lead(mesh, "looking for a checkpoint", lambda: _check(config))
+    lead(mesh, "looking for a checkpoint", lambda: _check(config, parts.decoder))
     ours = [{key: value for key, value in group.items() if key != "params"} for group in parts.optimizer.param_groups]
     loaded = checkpoint.load_resumable(config.folder, policy, model=parts.model, optimizer=parts.optimizer, mesh=mesh)
     if loaded is None:
@@ -106,7 +110,7 @@ def resume(config: TrainConfig, parts: Parts, mesh: Mesh) -> Progress:
     return progress
 
 
-def _check(config: TrainConfig) -> None:
+def _check(config: TrainConfig, decoder: DecoderConfig) -> None:
     """Tell what changed since the checkpoint was saved; refuse what would make its states meaningless."""
     policy = config.checkpoint.resume
     if policy == "never":
@@ -118,10 +122,12 @@ def _check(config: TrainConfig) -> None:
             )
         return
     folder = checkpoint.resume(config.folder, policy)
-    told = None if folder is None else _saved_config(folder)
-    if told is None:
+    if folder is None:
         return
-    changed = changes(told, configs.to_dict(config))
+    told, shape = _saved(folder, "config"), _saved(folder, "model")
+    changed = {} if told is None else changes(told, configs.to_dict(config))
+    if shape is not None:  # what a preset stands for, too
+        changed |= {f"model.{key}": pair for key, pair in configs.diff(shape, configs.to_dict(decoder)).items()}
     lines = "\n  ".join(f"{key}: {was!r} → {now!r}" for key, (was, now) in changed.items())
     fixed = [key for key in changed if key.startswith(_FIXED) and key not in _FREE]
     if fixed:
@@ -139,7 +145,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[A
     return {key: pair for key, pair in configs.diff(old, new).items() if key not in quiet}
 
 
-def _saved_config(folder: Path) -> dict[str, Any] | None:
+def _saved(folder: Path, what: str) -> dict[str, Any] | None:
     extra = describe(folder).extra
-    found = extra.get("config") if isinstance(extra, dict) else None
+    found = extra.get(what) if isinstance(extra, dict) else None
     return found if isinstance(found, dict) else None
