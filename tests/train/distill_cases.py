@@ -150,3 +150,18 @@ def let_go(mesh: Any, values: dict[str, Any]) -> tuple[list[Any], bool, bool]:
     before = weight() is not None
     told = [distillation.after_step(done) for done in (1, 2, 3)]
     return told, before, weight() is not None
+
+
+def decoders_left(mesh: Any, values: dict[str, Any]) -> tuple[int, int | None]:
+    """How many models a distilling run has at its beginning, found without collecting; and where its stage stopped."""
+    import gc
+
+    gc.collect()
+    known = {id(one) for one in gc.get_objects() if type(one) is Decoder}
+    gc.disable()
+    try:
+        distillation = begun(mesh, values)
+        left = sum(type(one) is Decoder and id(one) not in known for one in gc.get_objects())
+    finally:
+        gc.enable()
+    return left, distillation.stage.stopped

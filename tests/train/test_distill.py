@@ -12,6 +12,7 @@ from tests.train import cases, distill_cases
 from tests.worlds import Worlds
 from trivium.base.errors import ConfigError
 from trivium.models import DecoderConfig, MoEConfig
+from trivium.moe import GateConfig
 from trivium.train.config import DistillConfig
 from trivium.train.distill import Stage
 from trivium.train.layers import pair_layers
@@ -112,6 +113,17 @@ def test_widths_must_be_equal_to_begin_as_layers() -> None:
         pair_layers(shaped((0, 2)), replace(SHAPE, layers=2, moe=MoEConfig(experts=2, residual="add")))
 
 
+@pytest.mark.parametrize(
+    "gate", [GateConfig(score="sigmoid"), GateConfig(scale=2.5), GateConfig(num_groups=1, top_groups=1)]
+)
+def test_gates_must_weigh_alike_to_begin_as_layers(gate: GateConfig) -> None:
+    theirs, ours = (replace(SHAPE, moe=MoEConfig(experts=4, gate=one)) for one in (GateConfig(), gate))
+    with pytest.raises(ConfigError, match=r"the teacher has moe\.gate\."):
+        pair_layers(theirs, ours)
+    noisy = replace(SHAPE, moe=MoEConfig(experts=4, gate=GateConfig(jitter=0.1, bias_rate=0.01)))
+    assert pair_layers(theirs, noisy) == (0, 1, 2, 3)  # what it draws and learns in training is its own
+
+
 MOE = {"experts": 4, "top_k": 1, "ffn_dim": 24, "residual": "add"}
 
 
@@ -157,6 +169,11 @@ def test_the_teacher_s_memory_is_given_back(world: Worlds, school: Path) -> None
     for told, before, after in world(2).run(distill_cases.let_go, values):
         assert told == [None, {"agreement": None, "ended": True}, None]
         assert before and not after
+
+
+def test_a_teacher_that_only_lends_its_layers_is_let_go_at_once(world: Worlds, school: Path) -> None:
+    values = student(school, "lent", 6, distill={"stop": 0}, zero__stage=3)
+    assert world(2).run(distill_cases.decoders_left, values) == [(1, 0)] * 2
 
 
 def test_resume_keeps_the_stage(world: Worlds, school: Path) -> None:

@@ -90,7 +90,7 @@ class Distillation:
             if state is None and config.distill.init == "layers":
                 copy_layers(self.teacher, parts.model, config.distill.layers, lead=mesh.rank == 0)
         if self.stage.stopped is not None:
-            self.teacher = None
+            self._let_go()
 
     def names(self) -> tuple[str, ...]:
         """The plain objective's, and ``divergence`` (T² · KL per token) while distilling."""
@@ -119,14 +119,19 @@ class Distillation:
         agreement = self.agreement() if self.stage.checks(done) else None
         ended = self.stage.after(done, agreement)
         if ended:
-            self.teacher = None
-            gc.collect()  # a sharded model and its engine refer to each other
+            self._let_go()
             if self.mesh.rank == 0:
                 why = "" if agreement is None else f": the gradients' cosine is {agreement:.3f}"
                 log.get().info("step %d: distillation ends%s; on with the cross-entropy alone", done, why)
         if agreement is None and not ended:
             return None
         return {"agreement": agreement, "ended": ended}
+
+    def _let_go(self) -> None:
+        """Give the teacher's memory back: a sharded model and its engine refer to each other."""
+        if self.teacher is not None:
+            self.teacher = None
+            gc.collect()
 
     def agreement(self) -> float:
         """The cosine of the two losses' gradients on held-out text; see [Note: when distillation holds ...]."""

@@ -44,6 +44,10 @@ def _widths(teacher: DecoderConfig, student: DecoderConfig) -> list[tuple[str, o
             (f"moe.{key}", getattr(teacher.moe, key), getattr(student.moe, key))
             for key in ("expert", "residual", "shared")
         ]
+        pairs += [
+            (f"moe.gate.{key}", getattr(teacher.moe.gate, key), getattr(student.moe.gate, key))
+            for key in ("score", "renormalize", "scale", "num_groups", "top_groups")  # what its weights mean
+        ]
     return pairs
 
 
