@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,20 @@ def test_a_spoiled_row_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}\nnonsense\n{}\n")
     with pytest.raises(DataError, match=r"metrics.jsonl:2: not a row"):
         read(tmp_path / "metrics.jsonl")
+
+
+def test_a_long_run_s_rows_stay_on_disk(tmp_path: Path) -> None:
+    recorder, words = Recorder(tmp_path), "x" * 1000
+    recorder.write("step", step=0, words=words)
+    tracemalloc.start()
+    for step in range(1, 500):
+        recorder.write("step", step=step, words=f"{words}{step}")
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 50_000  # the rows are half a million bytes
+    assert [row["step"] for row in recorder.read()] == list(range(500))
+    recorder.close()
+    assert Recorder(None).read() == []
 
 
 @pytest.mark.parametrize(("extra", "module"), [("tensorboard", "tensorboard"), ("wandb", "wandb")])

@@ -177,11 +177,12 @@ class _Run:
             skipped=self.progress.skipped,
             experts=experts,
         )
-        planned = self._beside_plan()
+        rows = self.recorder.read()
+        planned = self._beside_plan(rows)
         digest = weights_sha256(self.parts.model) if self.config.report.digest and not signal else None
         report: Path | None = None
         if self.leads and self.config.report.html and not signal:
-            report = write_report(self.config.folder, self.recorder.rows, planned)
+            report = write_report(self.config.folder, rows, planned)
         self.mesh.comm("world").barrier()
         return Outcome(
             steps=last,
@@ -195,7 +196,7 @@ class _Run:
             scores=scores,
             samples=samples,
             experts=experts,
-            rows=tuple(self.recorder.rows),
+            rows=tuple(rows),
             planned=planned,
             digest=digest,
             report=report,
@@ -274,13 +275,13 @@ class _Run:
             **more,
         )
 
-    def _beside_plan(self) -> tuple[Planned, ...]:
+    def _beside_plan(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Planned, ...]:
         """What rank 0 was forecast to hold and send, beside what it did."""
-        steps = [row for row in self.recorder.rows if row["kind"] == "step"]
+        steps = [row for row in rows if row["kind"] == "step"]
         if not self.leads or self._plan is None or not steps:
             return ()
         away = [sum(row["sent_by_phase"].get(phase, 0) for phase in EXCHANGE_PHASES) for row in steps]
-        sent = [row["payload_bytes"] - rows for row, rows in zip(steps, away, strict=True)]
+        sent = [row["payload_bytes"] - exchanged for row, exchanged in zip(steps, away, strict=True)]
         measured = {**zero.meter_of(self.parts.model).by_label(peak=True), "sent": sorted(sent)[len(sent) // 2]}
         if any(away):
             measured["exchanged"] = sorted(away)[len(away) // 2]

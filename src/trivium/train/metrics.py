@@ -38,31 +38,36 @@ class Writer(Protocol):
 class Recorder:
     """Writes rows into ``folder``/metrics.jsonl and to ``writers``, on rank 0; elsewhere pass ``folder`` None.
 
-    Rows of steps after ``resumed`` are of a life that was lost, and are dropped when the file is opened.
+    Rows of steps after ``resumed`` are of a life that was lost, and are dropped when the file is opened. None stays in
+    memory: `read` has them all.
     """
 
     def __init__(self, folder: Path | None, writers: tuple[Writer, ...] = (), *, resumed: int = 0) -> None:
-        self.rows: list[dict[str, Any]] = []
         self._writers = writers
         self._file = None
-        if folder is not None:
-            path = folder / FILE
-            self.rows = [row for row in read(path) if row.get("step", 0) <= resumed] if resumed else []
-            fresh = path.with_name(f"{FILE}.tmp-{os.getpid()}")
-            fresh.write_text("".join(_line(row) for row in self.rows), encoding="utf-8")
-            fresh.replace(path)
-            self._file = path.open("a", encoding="utf-8")
+        self._path = None if folder is None else folder / FILE
+        if self._path is not None:
+            fresh = self._path.with_name(f"{FILE}.tmp-{os.getpid()}")
+            with fresh.open("w", encoding="utf-8") as kept:
+                for row in _each(self._path) if resumed else ():
+                    if row.get("step", 0) <= resumed:
+                        kept.write(_line(row))
+            fresh.replace(self._path)
+            self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, kind: str, **values: Any) -> None:
         """Add one row."""
         if self._file is None:
             return
         row = {"kind": kind, "time": round(time.time(), 3), **{key: _finite(value) for key, value in values.items()}}
-        self.rows.append(row)
         self._file.write(_line(row))
         self._file.flush()
         for writer in self._writers:
             writer.write(row)
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows until now; none on the other ranks."""
+        return [] if self._path is None else read(self._path)
 
     def close(self) -> None:
         """Close the file and the writers."""
@@ -75,20 +80,27 @@ class Recorder:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file; a last line that was cut off by a kill is left out. Raises DataError for others."""
+    return list(_each(path))
+
+
+def _each(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows one at a time."""
     if not path.exists():
-        return []
-    rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise DataError(f"{path}:{number}: not a row of metrics ({error}); move the file away to go on") from error
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+        return
+    broken: tuple[int, json.JSONDecodeError] | None = None
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if broken is not None:
+                raise DataError(
+                    f"{path}:{broken[0]}: not a row of metrics ({broken[1]}); move the file away to go on"
+                ) from broken[1]
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                broken = (number, error)  # of the last line alone it is no fault
+                continue
+            if isinstance(row, dict):
+                yield row
 
 
 def _line(row: Mapping[str, Any]) -> str:
