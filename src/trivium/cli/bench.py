@@ -12,6 +12,7 @@ import typer
 from trivium.base import log
 from trivium.base.errors import ConfigError
 from trivium.cli.bench_inference import inference
+from trivium.cli.bench_quality import quality
 from trivium.cli.bench_serve import serve
 from trivium.cli.output import data_console, print_json, word_console
 
@@ -24,6 +25,9 @@ def register(app: typer.Typer) -> None:
     workloads.command("moe", help="Our MoE layer beside transformers' and DeepSpeed's, and its all-to-all.")(moe)
     workloads.command("serve", help="Load on a model server, ours or any with OpenAI's completions.")(serve)
     workloads.command("inference", help="Decode and prefill beside transformers and llama.cpp.")(inference)
+    workloads.command(
+        "quality", help="Train experts, pyramids and students over paired seeds: what they do to the loss."
+    )(quality)
     app.add_typer(workloads, name="bench")
 
 
