@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.serve.test_model import folder  # noqa: F401 - a fixture
-from trivium.bench.serve import COLUMNS, started
+from trivium.bench.serve import COLUMNS
 from trivium.bench.serve_client import get
+from trivium.bench.serve_process import started
 from trivium.cli.main import run
 from trivium.serve.limits import Limits
 
@@ -94,7 +95,8 @@ def test_the_whole_way_as_a_process(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with started(str(folder), ["--threads=1", "--memory=64MiB"]) as url:
+    with started(str(folder), ["--threads=1", "--memory=64MiB"]) as server:
+        url = server.url
         status, found = asyncio.run(get(url, "/models"))
         assert (status, [entry["id"] for entry in found["data"]]) == (200, ["tiny"])
         table, picture = tmp_path / "t.csv", tmp_path / "p.svg"

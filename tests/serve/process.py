@@ -54,7 +54,7 @@ def serve(step_s: float, slots: int) -> int:
 
     print(os.getpid(), flush=True)
     engine = StubEngine(step_s=step_s, slots=slots)
-    limits = Limits(drain_s=6, connections=2000)
+    limits = Limits(drain_s=90, connections=2000)
     server = Server(ServerConfig(name="stub", port=0, limits=limits), lambda: served(engine))
     code = server.run(started=lambda: print(server.port, flush=True))
     print("stopped", flush=True)

@@ -25,7 +25,7 @@ class Running:
         self.url = f"http://127.0.0.1:{server.port}"
         self.code: int | None = None
 
-    def raw(self, data: bytes, timeout: float = 10.0) -> bytes:
+    def raw(self, data: bytes, timeout: float = 40.0) -> bytes:
         """Send bytes, read until the server closes."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=timeout) as sock:
             sock.sendall(data)
@@ -114,13 +114,12 @@ def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def eventually(true: Callable[[], object], within_s: float = 5.0) -> float:
-    """Wait for ``true``; how long it took. Fails when it does not come."""
+def eventually(true: Callable[[], object], within_s: float = 30.0) -> None:
+    """Wait for ``true``. Fails when it does not come; how soon it comes is for ``trivium bench serve`` to say."""
     started = time.monotonic()
     while not true():
         assert time.monotonic() - started < within_s, "it did not come true in time"
         time.sleep(0.005)
-    return time.monotonic() - started
 
 
 @contextmanager
@@ -150,10 +149,10 @@ def running(
     thread.start()
     try:
         if wait:
-            assert ready.wait(20), "the server did not become ready"
+            assert ready.wait(60), "the server did not become ready"
         yield handle
     finally:
         server.stop()
-        thread.join(15)
+        thread.join(60)
         engine.close()
         assert not thread.is_alive(), "the server did not stop"

@@ -97,7 +97,9 @@ class StubEngine:
         self.follow = False
         self.submitted = 0
         self.cancelled: list[str] = []
-        self.cancels: dict[str, float] = {}
+        self.cancels: dict[str, int] = {}  # and the step at which each came
+        self.steps_to_abort: list[int] = []
+        self._steps = 0
         self._wake = threading.Condition()
         self._queue: list[tuple[_Choice, Callable[[Delta], None]]] = []
         self._running: list[tuple[_Choice, Callable[[Delta], None]]] = []
@@ -136,7 +138,7 @@ class StubEngine:
     def cancel(self, request_id: str) -> None:
         with self._wake:
             self.cancelled.append(request_id)
-            self.cancels[request_id] = time.monotonic()
+            self.cancels[request_id] = self._steps
             self._wake.notify()
 
     def close(self, drain_s: float = 0) -> None:
@@ -175,10 +177,12 @@ class StubEngine:
     def _step(self) -> list[tuple[Callable[[Delta], None], Delta]]:
         out = []
         with self._wake:
+            self._steps += 1
             for request_id in self.cancelled:
                 for place in (self._queue, self._running):
                     for entry in [entry for entry in place if entry[0].request.request_id == request_id]:
                         place.remove(entry)
+                        self.steps_to_abort.append(self._steps - self.cancels[request_id])
                         out.append((entry[1], self._delta(entry[0], "", [], "abort")))
             self.cancelled.clear()
             while self._queue and len(self._running) < self.slots:

@@ -1,4 +1,7 @@
-"""What a client can do to its connection: too much, too slow, too often, or leave (H8 to H14, H32)."""
+"""What a client can do to its connection: too much, too slow, too often, or leave (H8 to H14, H32).
+
+Nothing happens before its deadline, and in the end it does; how soon is measured by ``trivium bench serve --promises``.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,21 @@ import contextlib
 import json
 import os
 import socket
-import statistics
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from tests.serve.process import Spawner
 from tests.serve.running import Answer, Running, eventually, read_all, running, user
 from tests.serve.stub import BLOCKS, StubEngine
 from trivium.serve.limits import Limits
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(150)
 QUICK = Limits(header_s=0.6, body_s=1.0, idle_s=1.0, stall_s=0.8, connections=40, drain_s=0.2)
 
 
@@ -41,7 +45,7 @@ def chat_bytes(**more: Any) -> bytes:
 
 
 def connect(server: Running) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", server.port), timeout=15)
+    return socket.create_connection(("127.0.0.1", server.port), timeout=60)
 
 
 def open_connections(server: Running) -> int:
@@ -102,7 +106,7 @@ def test_a_body_shorter_than_it_says_is_waited_for_to_the_deadline(quick: Runnin
     started = time.monotonic()
     answer = Answer(quick.raw(head(Content_Length="100", Content_Type="application/json") + b'{"a"'))
     assert (answer.status, answer.error["code"]) == (408, "body_timeout")
-    assert 0.9 < time.monotonic() - started < 3
+    assert time.monotonic() - started > 0.9
 
 
 @pytest.mark.parametrize(
@@ -120,49 +124,66 @@ def test_a_head_over_the_cap(server: Running, raw: bytes, status: int) -> None: 
     assert answer.error["code"]
 
 
-@pytest.mark.parametrize("start", [b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ", b"GET /", b"\r\n"])
-def test_endless_heads_cost_no_memory(server: Running, start: bytes) -> None:  # H9: 8 MB header, 1 MB URL
-    before = psutil.Process().memory_info().rss
-    with connect(server) as sock, contextlib.suppress(OSError):
-        sock.sendall(start)
-        for _ in range(8):
-            sock.sendall((b"\r\n" * 500_000) if start == b"\r\n" else b"y" * 1_000_000)
-        read_all(sock)
-    assert psutil.Process().memory_info().rss - before < 12 << 20
-    assert server.get("/livez").status == 200
+STARTS = (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ", b"GET /", b"\r\n")
+
+
+def test_endless_heads_cost_no_memory() -> None:  # H9: 8 MB header, 1 MB URL, at the server's highest
+    spawner = Spawner()
+    pid, port = spawner.start()
+
+    def send(start: bytes) -> None:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as sock, contextlib.suppress(OSError):
+            sock.sendall(start)
+            for _ in range(8):
+                sock.sendall((b"\r\n" * 500_000) if start == b"\r\n" else b"y" * 1_000_000)
+            read_all(sock)
+
+    try:
+        for start in STARTS:
+            send(start)  # what is made once, with the first of its kind
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # the highest is measured anew
+        before = resident_kib(pid, "VmRSS")
+        for start in STARTS * 3:
+            send(start)
+        assert resident_kib(pid, "VmHWM") - before < 2_000_000 // 1024
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
+            sock.sendall(head("/livez", "GET", Connection="close"))
+            assert Answer(read_all(sock)).status == 200
+    finally:
+        os.kill(pid, 15)
+        assert (spawner.line(), spawner.line()) == ("stopped", "0")
+        spawner.close()
+
+
+def resident_kib(pid: int, which: str) -> int:
+    """A process's resident memory now (VmRSS), or the highest since it was set back (VmHWM)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(which)).split()[1])
 
 
 def test_slow_heads_are_closed_and_hurt_nobody(quick: Running) -> None:  # H10
-    quiet = [_timed(quick) for _ in range(20)]
     slow = []
     for _ in range(30):
         sock = connect(quick)
         sock.sendall(b"GET /livez HTTP/1.1\r\n")
         slow.append(sock)
     started = time.monotonic()
-    busy = []
-    closed: list[float] = []
     try:
-        while len(closed) < len(slow) and time.monotonic() - started < 5:
+
+        def all_closed() -> bool:
             for sock in slow:
                 with contextlib.suppress(OSError):
                     sock.send(b"a")
-            busy.append(_timed(quick))
-            closed = [sock.fileno() for sock in slow if _ended(sock)]
-            time.sleep(0.05)
-        took = time.monotonic() - started
+            assert quick.get("/livez").status == 200
+            closed = sum(_ended(sock) for sock in slow)
+            assert not closed or time.monotonic() - started > QUICK.header_s - 0.2
+            time.sleep(0.02)
+            return closed == len(slow)
+
+        eventually(all_closed)
     finally:
         for sock in slow:
             sock.close()
-    assert len(closed) == len(slow)
-    assert took < QUICK.header_s + 2
-    assert statistics.median(busy) < 2 * statistics.median(quiet) + 0.05
-
-
-def _timed(server: Running) -> float:
-    started = time.monotonic()
-    assert server.get("/livez").status == 200
-    return time.monotonic() - started
 
 
 def _ended(sock: socket.socket) -> bool:
@@ -186,19 +207,19 @@ def test_idle_connections_are_closed(quick: Running) -> None:
         started = time.monotonic()
         data = read_all(sock)
     assert b"200 OK" in data
-    assert 0.5 < time.monotonic() - started < 3
+    assert time.monotonic() - started > 0.5
 
 
 def test_blank_lines_keep_no_connection_open(quick: Running) -> None:
     with connect(quick) as sock:
-        started = time.monotonic()
-        with contextlib.suppress(OSError):
-            while time.monotonic() - started < 5:
+
+        def closed() -> bool:
+            with contextlib.suppress(OSError):
                 sock.sendall(b"\r\n")
-                time.sleep(0.1)
-                if _ended(sock):
-                    break
-    assert time.monotonic() - started < 3
+            time.sleep(0.1)
+            return _ended(sock)
+
+        eventually(closed)
 
 
 def test_more_connections_than_allowed(quick: Running) -> None:
@@ -222,10 +243,9 @@ def test_a_client_that_stops_reading_is_dropped() -> None:  # H12
         sock.sendall(chat_bytes(stream=True, max_tokens=4000, n=8))
         eventually(lambda: engine.stats.running == 8)
         engine.step_s = 0.001
-        took = eventually(lambda: engine.stats.running == 0, 8)
+        eventually(lambda: engine.stats.running == 0)
         assert engine.stats.blocks_free == BLOCKS
         assert engine.cancels, "the answer ended by itself"
-        assert took < 7
         assert server.gauge('trivium_connections_refused_total{reason="write_stall"}') == 1
 
 
@@ -241,11 +261,11 @@ def test_a_client_that_leaves_frees_its_place(quick: Running, stream: bool, when
         time.sleep({"before": 0.0, "middle": 0.3, "late": 0.8}[when])
         if when == "late":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")  # a reset
-    left = time.monotonic()
     eventually(lambda: engine.stats.running == 0)
     engine.prefill_s = 0.0
     assert len(engine.cancels) == before + 1
-    assert list(engine.cancels.values())[-1] - left < 0.1
+    assert engine.stats.blocks_free == BLOCKS
+    assert engine.steps_to_abort[-1] <= 1
     assert quick.server._service.bridge.active == 0
     eventually(lambda: '"cancelled": true' in quick.log[-1])
 
@@ -255,12 +275,12 @@ def test_a_client_that_leaves_while_it_waits(quick: Running) -> None:
     engine.slots, slots = 1, engine.slots
     try:
         with connect(quick) as first, connect(quick) as second:
-            first.sendall(chat_bytes())
+            first.sendall(chat_bytes(max_tokens=4000))
             eventually(lambda: engine.stats.running == 1)
             second.sendall(chat_bytes())
             eventually(lambda: engine.stats.waiting == 1)
             second.close()
-            assert eventually(lambda: engine.stats.waiting == 0) < 0.3
+            eventually(lambda: engine.stats.waiting == 0)
             assert engine.stats.running == 1
     finally:
         engine.slots = slots
@@ -287,7 +307,7 @@ def test_many_who_connect_and_leave_during_anothers_answer() -> None:  # H14, an
                     sock.sendall(chat_bytes(stream=index % 2 == 0)[: 40 if index % 7 == 0 else None])
         other.join(30)
         assert result[0].status == 200
-        eventually(lambda: engine.stats.running == engine.stats.waiting == 0, 2)
+        eventually(lambda: engine.stats.running == engine.stats.waiting == 0)
         assert engine.stats.blocks_free == BLOCKS
         assert server.get("/readyz").status == 200
         eventually(lambda: len(os.listdir("/proc/self/fd")) <= descriptors + 2)
@@ -319,8 +339,8 @@ def test_a_pipelining_client_that_leaves_is_noticed(quick: Running) -> None:
     with connect(quick) as sock:
         sock.sendall(chat_bytes() + chat_bytes())
         eventually(lambda: quick.engine.stats.running == 1)
-    eventually(lambda: quick.server._service.bridge.active == 0, 1)
-    eventually(lambda: quick.engine.stats.running == 0, 1)
+    eventually(lambda: quick.server._service.bridge.active == 0)
+    eventually(lambda: quick.engine.stats.running == 0)
 
 
 def test_head_and_options(server: Running) -> None:  # H32

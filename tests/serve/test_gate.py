@@ -17,7 +17,7 @@ from trivium.serve.limits import Limits
 from trivium.serve.page import POLICY, assets
 from trivium.serve.server import Server, ServerConfig
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(150)
 KEY, OTHER = "correct-horse-battery", "another-good-key"
 WRONG = [
     {},
@@ -77,13 +77,13 @@ def test_wrong_keys_take_the_same_time() -> None:  # H15: |Δ| of medians below 
     near, far = f"Bearer {KEY[:-1]}x".encode(), b"Bearer " + b"z" * len(KEY)
 
     def timed(value: bytes) -> float:
-        started = time.perf_counter_ns()
+        started = time.thread_time_ns()
         for _ in range(20):
             try:
                 gate.key_of([(b"authorization", value)])
             except Exception as error:
                 assert "valid API key" in str(error)
-        return float(time.perf_counter_ns() - started)
+        return float(time.thread_time_ns() - started)
 
     for _ in range(4):  # the machine is shared: the claim is about the code, so one clean round is proof
         pairs = [(timed(near), timed(far)) for _ in range(300)]

@@ -225,7 +225,7 @@ def test_random_cancels_leave_nothing(tiny: Running, llm: LLM) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-    eventually(lambda: llm.stats.running == llm.stats.waiting == 0, 2)
+    eventually(lambda: llm.stats.running == llm.stats.waiting == 0)
     assert llm.stats.blocks_free == llm.stats.blocks_total
     assert tiny.get("/readyz").status == 200
 

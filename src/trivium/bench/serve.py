@@ -7,17 +7,10 @@ what shows whether a server sheds load or drowns. Goodput: requests per second t
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import csv
-import os
-import re
-import selectors
-import signal
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +24,6 @@ COLUMNS = (
     "goodput_per_s", "first_p50_ms", "first_p99_ms", "gap_p50_ms", "gap_p99_ms", "total_p50_ms", "total_p99_ms",
     "reject_p99_ms",
 )  # fmt: skip
-_START_S = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,52 +120,6 @@ def write_csv(report: dict[str, Any], path: Path) -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(report["loads"])
-
-
-@contextlib.contextmanager
-def started(model: str, options: Sequence[str] = ()) -> Iterator[str]:
-    """``trivium serve MODEL`` as a process of its own at a free port; its URL up to ``/v1``. Gone when the block ends.
-
-    Raises:
-        SetupError: it ended, or was not ready in time; its last words.
-    """
-    command = [sys.executable, "-m", "trivium", "serve", model, "--port", "0", "--access-log", "off", *options]
-    child = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-    )
-    try:
-        yield f"{_address(child)}v1"
-    finally:
-        if child.poll() is None:
-            child.send_signal(signal.SIGTERM)
-        try:
-            child.wait(40)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-        if child.stderr is not None:
-            child.stderr.close()
-
-
-def _address(child: subprocess.Popen[bytes]) -> str:
-    """Read what the server says until it is ready; where it is."""
-    said = b""
-    end = time.monotonic() + _START_S
-    if child.stderr is None:
-        raise SetupError("the server has no stderr")
-    with selectors.DefaultSelector() as selector:
-        selector.register(child.stderr, selectors.EVENT_READ)
-        while time.monotonic() < end:
-            if not selector.select(1.0):
-                continue
-            part = os.read(child.stderr.fileno(), 1 << 16)
-            said += part
-            found = re.search(rb"ready\.\s+Page:\s+(http://\S+)", said)
-            if found:
-                return found[1].decode()
-            if not part:
-                break
-    raise SetupError(f"trivium serve did not become ready: {said.decode(errors='replace').strip()[-500:]}")
 
 
 async def _named(target: Target) -> Target:

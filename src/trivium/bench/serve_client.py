@@ -35,7 +35,7 @@ _LINE_BYTES = 1 << 22
 
 @dataclass(kw_only=True)
 class Sample:
-    """What came of one request; times in seconds since it was sent. ``gaps_s``: between chunks with text."""
+    """What came of the ``number``-th request; times in seconds since it was sent. ``gaps_s``: between chunks."""
 
     started_s: float
     status: int = 0
@@ -44,6 +44,8 @@ class Sample:
     tokens: int = 0
     total_s: float = 0.0
     error: str | None = None
+    number: int = 0
+    text: str = ""
 
     @property
     def ok(self) -> bool:
@@ -68,18 +70,26 @@ class Target:
     ignore_eos: bool = True
     timeout_s: float = 120.0
 
-    def body(self, number: int) -> dict[str, Any]:
-        """The ``number``-th request; prompts differ from their first word on, so that none is found in a cache."""
+    def prompt(self, number: int) -> str:
+        """The ``number``-th prompt; they differ from their first word on, so that none is found in a cache."""
         draw = random.Random(number)
-        prompt = f"{number} " + " ".join(draw.choice(_WORDS) for _ in range(self.prompt_words - 1))
-        asked: dict[str, Any] = {"model": self.model, "prompt": prompt, "max_tokens": self.max_tokens, "temperature": 0}
+        return f"{number} " + " ".join(draw.choice(_WORDS) for _ in range(self.prompt_words - 1))
+
+    def body(self, number: int) -> dict[str, Any]:
+        """The ``number``-th request."""
+        asked: dict[str, Any] = {
+            "model": self.model,
+            "prompt": self.prompt(number),
+            "max_tokens": self.max_tokens,
+            "temperature": 0,
+        }
         asked |= {"stream": True, "stream_options": {"include_usage": True}}
         return asked | ({"ignore_eos": True} if self.ignore_eos else {})
 
 
 async def ask(target: Target, number: int) -> Sample:
     """Send one request and time its answer; whatever goes wrong is in the sample."""
-    sample = Sample(started_s=time.perf_counter())
+    sample = Sample(started_s=time.perf_counter(), number=number)
     try:
         await asyncio.wait_for(_ask(target, target.body(number), sample), target.timeout_s)
     except (OSError, ValueError, asyncio.IncompleteReadError, asyncio.TimeoutError) as error:
@@ -192,6 +202,7 @@ async def _read_events(reader: asyncio.StreamReader, chunked: bool, sample: Samp
             sample.tokens = int(event["usage"]["completion_tokens"])
         if not event["choices"]:
             continue
+        sample.text += event["choices"][0].get("text") or ""
         if sample.first_s is None:
             sample.first_s = now - sample.started_s
         else:

@@ -8,13 +8,16 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trivium.base import log
 from trivium.base.errors import ConfigError
 from trivium.cli.output import data_console, print_json, word_console
+
+if TYPE_CHECKING:
+    from trivium.bench.serve_promises import Promises
 
 
 def serve(
@@ -36,20 +39,34 @@ def serve(
     server_option: Annotated[
         list[str] | None, typer.Option(help="For trivium serve, as --threads=2; repeatable.")
     ] = None,
+    promises: Annotated[bool, typer.Option(help="Instead: every promised row, with servers of its own.")] = False,
+    only: Annotated[str | None, typer.Option(help="With --promises: some rows, separated by commas.")] = None,
+    overload_s: Annotated[float, typer.Option(help="With --promises: seconds of overload.")] = 60.0,
+    soak_requests: Annotated[int, typer.Option(help="With --promises: least requests of the soak.")] = 10_000,
+    soak_s: Annotated[float, typer.Option(help="With --promises: least seconds of the soak.")] = 0.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report; - for stdout.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the table.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a picture (.svg, .png, .pdf).")] = None,
 ) -> None:
     """Closed loop and open loop; time to first token, gaps, goodput."""
     log.setup()
-    from trivium.bench.serve import COLUMNS, ServeBench, run, started, write_csv
+    from trivium.bench.serve import COLUMNS, ServeBench, run, write_csv
     from trivium.bench.serve_client import Target
+    from trivium.bench.serve_process import started
 
-    if (model is None) == (url is None):
-        raise ConfigError("bench serve: give either a model to serve, or --url of a running server")
+    if (model is not None) + (url is not None) + promises != 1:
+        raise ConfigError("bench serve: give either a model to serve, --url of a running server, or --promises")
     for path in (json_file, csv_file, plot_file):
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"{path}: the folder {path.parent} does not exist")
+    command = shlex.join([os.path.basename(sys.argv[0]), *_shown(sys.argv[1:])])
+    if promises:
+        from trivium.bench.serve_promises import ROWS, Promises
+
+        wanted = ROWS if only is None else [name.strip() for name in only.split(",")]
+        asked = Promises(only=wanted, overload_s=overload_s, soak_requests=soak_requests, soak_s=soak_s)
+        _promises(asked, command, json_file, csv_file, plot_file)
+        return
     bench = ServeBench(
         concurrency=[int(one) for one in _numbers(concurrency, "--concurrency")],
         rates=_numbers(rates, "--rates"),
@@ -60,7 +77,8 @@ def serve(
     )
     words = word_console()
     with contextlib.ExitStack() as stack:
-        place = url if url is not None else stack.enter_context(started(str(model), tuple(server_option or ())))
+        options = tuple(server_option or ())
+        place = url if url is not None else stack.enter_context(started(str(model), options)).url
         target = Target(
             url=place.rstrip("/"),
             model=model_name,
@@ -69,7 +87,7 @@ def serve(
             max_tokens=max_tokens,
             ignore_eos=ignore_eos,
         )
-        report = run(bench, target, shlex.join([os.path.basename(sys.argv[0]), *_shown(sys.argv[1:])]), words.print)
+        report = run(bench, target, command, words.print)
     if json_file is not None and str(json_file) != "-":
         json_file.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     if csv_file is not None:
@@ -86,6 +104,35 @@ def serve(
     table = Table(*(name.replace("_", " ") for name in COLUMNS))
     for row in report["loads"]:
         table.add_row(*("–" if row[name] is None else str(row[name]) for name in COLUMNS))
+    data_console().print(table)
+
+
+def _promises(
+    promises: Promises, command: str, json_file: Path | None, csv_file: Path | None, plot_file: Path | None
+) -> None:
+    from trivium.bench.serve_promises import run
+    from trivium.bench.serve_row import write_rows
+
+    words = word_console()
+    report = run(promises, command, lambda text: words.print(text, soft_wrap=True, highlight=False))
+    if json_file is not None and str(json_file) != "-":
+        json_file.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    if csv_file is not None:
+        write_rows(report["rows"], csv_file)
+    if plot_file is not None:
+        from trivium.bench.serve_plot import plot_promises
+
+        plot_promises(report, plot_file)
+    if str(json_file) == "-":
+        print_json(report)
+        return
+    from rich.table import Table
+
+    table = Table("row", "what", "measured", "promised", "kept")
+    for row in report["rows"]:
+        for one in row["promises"]:
+            measured = "–" if one["measured"] is None else f"{one['measured']:g}"
+            table.add_row(row["row"], one["what"], measured, one["promised"], "yes" if one["kept"] else "NO")
     data_console().print(table)
 
 

@@ -22,6 +22,7 @@ from trivium.serve.errors import ApiError, invalid
 
 Kind = Literal["json_schema", "regex", "lark"]
 _WORKERS = 2
+_QUEUE = 64
 _WAIT_S = 2.0  # how long a grammar may wait for a worker; its own time begins afterwards
 
 
@@ -121,7 +122,7 @@ class Grammars:
         Raises:
             ApiError: 400 where it is wrong or takes too long; 429 where no worker is free soon.
         """
-        if self._busy >= 4 * _WORKERS:
+        if self._busy >= _QUEUE:
             raise _all_busy()
         self._busy += 1
         loop = asyncio.get_running_loop()

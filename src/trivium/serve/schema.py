@@ -73,9 +73,7 @@ def embedding_fields(limits: Limits) -> tuple[Field, ...]:
         _model(),
         Field(name="input", read=prompts(limits), required=True, about="a text, token ids, or a list of either"),
         Field(name="encoding_format", read=f.choice("float", "base64"), default="float"),
-        Field(
-            name="pooling", read=f.choice("mean", "last"), default="mean", about="mean of all positions, or the last"
-        ),
+        Field(name="pooling", read=f.choice("mean", "last"), default="mean", about="mean of all, or last"),
         Field(name="dimensions", read=f.refused("vectors have the model's own width"), honoured=False),
         _user(),
     )
