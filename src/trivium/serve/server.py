@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib.util
 import os
 import signal
@@ -93,6 +94,7 @@ class Server:
                 loop.close()
         finally:
             sys.setswitchinterval(before)
+            gc.unfreeze()
             self._socket.close()
             self._service.close()
             self._access.close()
@@ -161,6 +163,11 @@ class Server:
             self._load_error = error
             self._stopping.set()
             return
+        # [Note: garbage] Requests leave circles behind. Those that reach the oldest generation wait there until it has
+        # grown by a quarter, and what torch and a model bring are a million objects: so these are set aside for good.
+        gc.collect()
+        gc.freeze()
+        gc.collect()  # counts the oldest generation anew, which is what the quarter is taken of
         if self._loop is not None and not self._loop.is_closed():
             with contextlib.suppress(RuntimeError):  # the loop ended meanwhile: nobody waits for the model
                 self._loop.call_soon_threadsafe(self._ready, served, started)
