@@ -21,12 +21,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from trivium.base.errors import ConfigError, TriviumError
 from trivium.base.units import format_bytes, format_count
 from trivium.cli import demo_ask, demo_experts, demo_runs, launching
-from trivium.cli.output import data_console
+from trivium.cli.output import data_console, fitted
 
 KILLED_AT, SAVED_EVERY = 16, 8
 ASK = 5
@@ -100,18 +99,15 @@ class _Demo:
         inventory = inventory_of(decoder)
         count = decoder.num_parameters()
         self._head("1", f"Plan: Ψ = {format_count(count)} parameters, {demo_runs.RANKS} ranks, fp32, nothing run yet")
-        table = _table("stage", "weights", "gradients", "optimizer", "bytes/Ψ", "sent/step", "÷Ψ(N-1)/N")
+        rows = []
         for stage in range(4):
             plan = forecast(inventory, setting.at_stage(stage), decoder)
             memory, sent = plan.memory, plan.communication.per_step.sent_bytes
-            table.add_row(
-                str(stage),
-                *(_mib(getattr(memory, name)) for name in ("parameters", "gradients", "optimizer")),
-                f"{memory.states / count:.2f}",
-                _mib(sent),
-                f"{_volume(sent, count):.2f}",
-            )
-        self.console.print(table)
+            held = (_mib(getattr(memory, name)) for name in ("parameters", "gradients", "optimizer"))
+            told = f"{memory.states / count:.2f}", _mib(sent), f"{_volume(sent, count):.2f}"
+            rows.append((str(stage), *held, *told))
+        header = ("stage", "weights", "gradients", "optimizer", "bytes/Ψ", "sent/step", "÷Ψ(N-1)/N")
+        self.console.print(fitted(header, rows, self.console.width))
 
     def same(self) -> None:
         """Stages 0 to 3 and one process: five lines with one hash."""
@@ -166,12 +162,12 @@ class _Demo:
         for prompt, written in answer["samples"]:
             self.console.print(f"  {prompt!r} → {written!r}")
         self._promise(ratio < REQUIRED_RATIO, f"validation loss below {REQUIRED_RATIO} × the unigram baseline")
-        table = _table("rank 0", "plan", "measured", "")
+        rows = []
         for name, row in answer["planned"].items():
             off = row["measured"] / max(row["planned"], 1) - 1
             told = "exact" if row["planned"] == row["measured"] else f"{off:+.1%}"
-            table.add_row(name, format_bytes(row["planned"]), format_bytes(row["measured"]), told)
-        self.console.print(table)
+            rows.append((name, format_bytes(row["planned"]), format_bytes(row["measured"]), told))
+        self.console.print(fitted(("rank 0", "plan", "measured", ""), rows, self.console.width))
         self._reports.append(answer["report"])
 
     def answer(self) -> None:
@@ -309,13 +305,6 @@ def _volume(sent_bytes: int, count: int) -> float:
 
 def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.2f} MiB"
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 1), pad_edge=True)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
-    return table
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from trivium.base.units import format_count
 from trivium.cli import demo_runs
+from trivium.cli.output import fitted
 
 Run = Callable[..., dict[str, Any]]
 MODELS = (
@@ -35,7 +36,7 @@ def show(console: Console, run: Run) -> dict[str, dict[str, Any]]:
                 console.print(f"  {prompt}{written}")
             for line in pictures(found[name]["experts"]):
                 console.print(f"  {line}")
-    console.print(table(found))
+    console.print(_table(found, console.width))
     ended, steps = found["student"]["distilled"], found["student"]["steps"]
     told = "all" if ended is None else f"the first {ended}"
     console.print(f"  the student followed its teacher for {told} of its {steps} steps")
@@ -60,20 +61,14 @@ def pictures(experts: Mapping[str, Mapping[str, Sequence[int]]]) -> list[str]:
     return lines
 
 
-def table(found: Mapping[str, Mapping[str, Any]]) -> Table:
+def _table(found: Mapping[str, Mapping[str, Any]], width: int) -> Table:
     """One row a model: sizes, exact answers, losses."""
-    made = Table(box=None, padding=(0, 1), pad_edge=True)
     tasks = list(found["tasks"]["scores"])
-    for index, column in enumerate(("", "parameters", "per token", *tasks, "loss", "held-out")):
-        made.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    rows = []
     for name, words in MODELS:
         answer = found[name]
-        made.add_row(
-            words.partition(":")[0].partition(",")[0],
-            format_count(answer["parameters"]),
-            format_count(answer["activated"]),
-            *(f"{answer['scores'][task]:.1%}" for task in tasks),
-            f"{answer['loss']:.3f}",
-            f"{answer['validation']:.3f}",
-        )
-    return made
+        sizes = format_count(answer["parameters"]), format_count(answer["activated"])
+        scores = (f"{answer['scores'][task]:.1%}" for task in tasks)
+        label = words.partition(":")[0].partition(",")[0]
+        rows.append((label, *sizes, *scores, f"{answer['loss']:.3f}", f"{answer['validation']:.3f}"))
+    return fitted(("", "parameters", "per token", *tasks, "loss", "held-out"), rows, width)

@@ -15,10 +15,14 @@ from trivium.base.units import format_bytes, format_count, parse_bytes
 from trivium.cli.output import data_console, print_json, word_console
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from trivium.models import DecoderConfig
     from trivium.plan.forecast import Plan, Setting
     from trivium.plan.inventory import Inventory
 
+_NARROW = 64
+"""Columns of the screen below which tables are drawn without lines."""
 _ROWS = (
     ("parameters", "parameters"),
     ("gradients", "gradients"),
@@ -207,8 +211,6 @@ def _show(
 def _table(
     title: str, shape: DecoderConfig, plans: Sequence[Plan], fits: Sequence[bool], memory_bytes: int, source: str
 ) -> None:
-    from rich.table import Table
-
     first = plans[0]
     setting = first.setting
     console = data_console()
@@ -222,10 +224,10 @@ def _table(
         f"{', recompute' if setting.batch.recompute else ''}",
         soft_wrap=True,
     )
-    table = Table(title=None)
-    table.add_column("per rank")
+    table = _fitting(console.width)
+    table.add_column("per rank", overflow="fold")
     for plan in plans:
-        table.add_column(f"stage {plan.setting.zero.stage}", justify="right")
+        table.add_column(f"stage {plan.setting.zero.stage}", justify="right", overflow="fold", min_width=6)
     for name, label in _ROWS:
         values = [getattr(plan.memory, name) for plan in plans]
         if name in ("states", "total"):
@@ -269,8 +271,6 @@ def _ways_out(inventory: Inventory, plan: Plan, memory_bytes: int, shape: Decode
 
 
 def _paper(as_json: bool) -> None:
-    from rich.table import Table
-
     from trivium.plan.paper import STAGE_NAMES, TABLE_1_MODELS, TABLE_2_RANKS, table_1, table_2
 
     first, second = table_1(), table_2()
@@ -288,15 +288,23 @@ def _paper(as_json: bool) -> None:
         return
     console = data_console()
     console.print("Table 1: GB (10^9) of model states per device, at P_os / P_os+g / P_os+g+p")
-    table = Table("N", *TABLE_1_MODELS)
+    table = _fitting(console.width, "N", *TABLE_1_MODELS)
     for ranks, models in first:
         table.add_row(str(ranks), *(" / ".join(map(_figure, models[name])) for name in TABLE_1_MODELS))
     console.print(table)
     console.print(f"Table 2: the largest model on devices of 32 GB, {TABLE_2_RANKS} data-parallel ranks")
-    table = Table("MP", "devices", *STAGE_NAMES)
+    table = _fitting(console.width, "MP", "devices", *STAGE_NAMES)
     for degree, devices, sizes in second:
         table.add_row(str(degree), str(devices), *(format_count(size, digits=1) for size in sizes))
     console.print(table)
+
+
+def _fitting(width: int, *header: str) -> Table:
+    """An empty table; on a narrow screen one without lines."""
+    from rich.table import Column, Table
+
+    columns = [Column(name, overflow="fold") for name in header]
+    return Table(*columns, box=None, padding=(0, 1, 0, 0), pad_edge=False) if width < _NARROW else Table(*columns)
 
 
 def _figure(gb: float) -> str:
