@@ -181,6 +181,7 @@ def test_random_token_selection_drops_other_tokens_in_each_step() -> None:
         ({"scale": 0.0}, "gate.scale=0.0"),
         ({"bias_rate": -1.0}, "gate.bias_rate=-1.0"),
         ({"score": "tanh"}, "gate.score='tanh'"),
+        ({"jitter": 1.0}, "gate.jitter=1.0"),
     ],
 )
 def test_gates_that_cannot_be_are_refused(gate: dict[str, Any], words: str) -> None:

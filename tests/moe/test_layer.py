@@ -192,7 +192,6 @@ class PlainGate(nn.Module):
         ({"ep": 2}, "needs mesh="),
         ({"expert": "relu"}, "expert='relu'"),
         ({"top_k": 1, "gate": GateConfig(renormalize=True)}, "learn nothing"),
-        ({"gate": GateConfig(jitter=1.0)}, "jitter"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], words: str) -> None:

@@ -22,14 +22,19 @@ EXCHANGED = ("dispatch.counts", "dispatch", "combine", "dispatch.backward", "com
 
 
 def compare(
-    mesh: Any, ep: int | tuple[int, int], dtype: torch.dtype, options: dict[str, Any], recompute: bool = False
+    mesh: Any,
+    ep: int | tuple[int, int],
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    recompute: bool = False,
+    decoder: DecoderConfig = DECODER,
 ) -> dict[str, Any]:
     """Three steps as planned; the third's bytes and what is held after it, beside the plan's.
 
     ``exchanged``: (phase → bytes, phase → bytes that the routings say) of rows to other ranks' experts.
     """
     spread = Mesh(rank=mesh.rank, size=mesh.size, device=mesh.device, ep=ep if isinstance(ep, int) else max(ep))
-    model = build(DECODER, device="meta", dtype=dtype, seed=0, mesh=spread, ep=ep)
+    model = build(decoder, device="meta", dtype=dtype, seed=0, mesh=spread, ep=ep)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model, optimizer = zero.shard(model, optimizer, spread, **options)
     meter = zero.meter_of(model)
@@ -48,7 +53,7 @@ def compare(
         ranks=mesh.size, rank=mesh.rank, zero=ZeroConfig(**options), dtype=dtype, ep=ep,
         batch=Batch(rows=2, sequence=16, recompute=recompute),
     )  # fmt: skip
-    plan = forecast(inventory_of(DECODER, dtype, ep=ep, rank=mesh.rank), setting, DECODER)
+    plan = forecast(inventory_of(decoder, dtype, ep=ep, rank=mesh.rank), setting, decoder)
     by_phase, calls = sent.bytes_by("phase"), sent.calls_by("phase")
     rows = 0
     for layer, aux in record.aux.items():
@@ -66,7 +71,7 @@ def compare(
         "even": {phase: told.get(phase, 0) for phase in EXCHANGED},
         "calls": [calls.get(phase, 0) for phase in EXCHANGED],
         "even_calls": [plan.communication.by_phase.get(phase, Traffic()).calls for phase in EXCHANGED],
-        "row_bytes": rows * DECODER.dim * dtype.itemsize,
+        "row_bytes": rows * decoder.dim * dtype.itemsize,
         "held": meter.by_label(),
         "peak": meter.by_label(peak=True),
         "memory": asdict(plan.memory),

@@ -11,6 +11,7 @@ import torch
 from tests.plan import moe_cases
 from tests.worlds import Worlds
 from trivium.base.errors import ConfigError
+from trivium.dist.exchange import ExchangeConfig
 from trivium.models import DecoderConfig, MoEConfig, preset
 from trivium.plan import Batch, Setting, forecast, inventory_of
 from trivium.zero import ZeroConfig
@@ -36,6 +37,31 @@ def test_ranks_hold_and_send_what_was_forecast(world: Worlds, cell: Any) -> None
 def test_recomputation_sends_rows_again(world: Worlds) -> None:
     for result in world(2).run(moe_cases.compare, 2, torch.float32, {"stage": 3}, True):
         check(result, apart=True, again=2)
+
+
+@pytest.mark.parametrize(
+    ("exchange", "ways"),
+    [
+        (ExchangeConfig(kind="hierarchical", node=2), 2),
+        (ExchangeConfig(kind="hierarchical"), 1),
+        (ExchangeConfig(node=2, crossover_bytes=10**9), 2),
+        (ExchangeConfig(node=2, crossover_bytes=0), 1),
+        (ExchangeConfig(), 1),
+    ],
+    ids=["nodes", "one node", "short", "long", "auto"],
+)
+def test_every_exchange_sends_what_was_forecast(world: Worlds, exchange: ExchangeConfig, ways: int) -> None:
+    """``ways``: how many exchanges a row takes, on four ranks."""
+    moe = replace(moe_cases.MOE, exchange=exchange)
+    decoder = replace(moe_cases.DECODER, moe=moe)
+    for result in world(4).run(moe_cases.compare, 4, torch.float32, {"stage": 1}, False, decoder):
+        assert result["calls"] == result["even_calls"] and result["calls"][1] == 2 * ways  # two layers
+        exchanged, even = result["exchanged"], result["even"]
+        assert exchanged["dispatch.counts"] == even["dispatch.counts"] > 0
+        for phase in moe_cases.EXCHANGED[1:]:
+            assert exchanged[phase] == pytest.approx(even[phase], rel=0.5), phase
+        rows = 2 * 2 * 16 * moe.top_k * decoder.dim * 4
+        assert even["dispatch"] == rows * (0.75 if ways == 1 else 0.5 + 0.5)
 
 
 def check(result: dict[str, Any], *, apart: bool, again: int = 1) -> None:

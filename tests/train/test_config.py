@@ -17,6 +17,10 @@ from trivium.train.config import LoopConfig, ModelConfig, TrainConfig
 SMALL = {"dim": 32, "layers": 1, "heads": 2, "ffn_dim": 64}
 
 
+def moe(**values: Any) -> dict[str, Any]:
+    return {"model": {**SMALL, "layers": 4, "moe": {"experts": 4, **values}}}
+
+
 def of(**values: Any) -> TrainConfig:
     return configs.build(TrainConfig, values)
 
@@ -52,6 +56,17 @@ def test_a_batch_that_cannot_be_dealt_out_is_told_with_its_arithmetic() -> None:
         ({"model": SMALL, "optimizer": {"betas": [0.9]}}, r"a list of 2"),
         ({"model": SMALL, "train": {"batch": 9, "micro_batch": 2}}, r"nearest: 8 or 10"),
         ({"run": ""}, r"run is empty"),
+        (moe(gate={"jitter": 1.0}), r"\[model.moe.gate\] gate.jitter=1.0"),
+        (moe(gate={"score": "softmx"}), r"model.moe.gate.score = 'softmx'.* did you mean 'softmax'"),
+        (
+            moe(gate={"num_groups": 3, "top_groups": 1}),
+            r"\[model.moe\] gate.num_groups=3: expected a divisor",
+        ),
+        (moe(experts=[4, 6], gate={"num_groups": 4, "top_groups": 1}), r"gate.num_groups=4.* num_experts=6"),
+        (moe(gate={"renormalize": True}), r"\[model.moe\] gate.renormalize=true with top_k=1"),
+        (moe(gate={"sample_second": True}), r"gate.sample_second=true with top_k=1"),
+        (moe(exchange={"kind": "flatt"}), r"model.moe.exchange.kind = 'flatt'.* did you mean 'flat'"),
+        (moe(exchange={"node": 0}), r"\[model.moe.exchange\] exchange.node=0"),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_words(values: dict[str, Any], told: str) -> None:
@@ -64,6 +79,32 @@ def test_hybrid_groups_must_divide_the_ranks() -> None:
     config.check_ranks(6)
     with pytest.raises(ConfigError, match=r"zero.shard_size=3 does not divide 4 ranks .* expected one of 1, 2, 4"):
         config.check_ranks(4)
+
+
+def test_hybrid_groups_must_divide_the_ranks_that_hold_the_same_experts_too() -> None:
+    table = moe(experts=4)
+    config = of(**table, mesh={"ep": 2}, zero={"shard_size": 2})
+    config.check_ranks(4)
+    config.check_ranks(2)
+    with pytest.raises(ConfigError, match=r"shard_size=2 does not divide 3 ranks that hold .*6 ranks, mesh.ep=2.*1, 3"):
+        config.check_ranks(6)
+    with pytest.raises(ConfigError, match=r"mesh.ep=4"):
+        of(**moe(experts=4, layers=[0, 1]), mesh={"ep": [1, 4]}, zero={"shard_size": 2}).check_ranks(12)
+
+
+@pytest.mark.parametrize(
+    ("exchange", "degree", "words"),
+    [
+        ({"kind": "coordinated"}, 2, "needs a tensor axis"),
+        ({"kind": "hierarchical", "node": 3}, 4, "exchange.node=3 does not divide the 4 ranks"),
+        ({"kind": "auto", "node": 3}, 4, "exchange.node=3 does not divide the 4 ranks"),
+    ],
+)
+def test_exchanges_that_cannot_be_had_are_refused(exchange: dict[str, Any], degree: int, words: str) -> None:
+    table = moe(experts=4, exchange=exchange)
+    of(**table).check_ranks(4)
+    with pytest.raises(ConfigError, match=words):
+        of(**table, mesh={"ep": degree}).check_ranks(4)
 
 
 def test_a_preset_can_be_changed_in_single_values() -> None:

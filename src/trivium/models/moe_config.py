@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from trivium.base.errors import ConfigError
+from trivium.dist.exchange import ExchangeConfig
 from trivium.models.numbers import positive_int
 from trivium.moe import CapacityConfig, GateConfig
 
@@ -25,7 +26,8 @@ class MoEConfig:
     ``residual``: a dense MLP of one expert's size that every token passes, its output added, or the two mixed by a
     learned softmax. ``shared``: instead, so many experts' width that every token passes, added.
     ``capacity`` None: nothing is dropped. ``balance_weight``, ``z_weight``: of the two losses, averaged over layers'
-    tokens and added up over layers.
+    tokens and added up over layers. ``exchange``: how rows travel where experts are spread over ranks; results are
+    equal bit for bit.
     """
 
     experts: int | tuple[int, ...]
@@ -39,15 +41,17 @@ class MoEConfig:
     gate: GateConfig = field(default_factory=GateConfig)
     balance_weight: float = 0.01
     z_weight: float = 0.0
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
 
     def __post_init__(self) -> None:
+        positive_int("moe.top_k", self.top_k)
         for number in (self.experts,) if isinstance(self.experts, int) else self.experts:
             positive_int("moe.experts", number)
             if self.top_k > number:
                 raise ConfigError(f"moe.top_k={self.top_k}: expected 1 to moe.experts={number}")
+            self.gate.check(number, self.top_k)
         if isinstance(self.experts, tuple) and not self.experts:
             raise ConfigError("moe.experts=[]: expected a number, or a list with one for each layer that has experts")
-        positive_int("moe.top_k", self.top_k)
         if self.ffn_dim is not None:
             positive_int("moe.ffn_dim", self.ffn_dim)
         for key, value, allowed in (
@@ -89,6 +93,22 @@ class MoEConfig:
         for place, count in zip(places, counts, strict=True):
             found[place] = count
         return tuple(found)
+
+    def node_of(self, degree: int) -> int:
+        """How many neighbours of ``degree`` ranks on one host, or as `exchange` says, a hierarchy takes together; 1: it
+        is flat. Raises ConfigError where the exchange cannot be had."""
+        kind, node = self.exchange.kind, self.exchange.node
+        if kind == "coordinated" and degree > 1:
+            raise ConfigError(
+                "moe.exchange.kind='coordinated' needs a tensor axis, which a decoder's training has not: take 'auto', "
+                "'flat' or 'hierarchical'"
+            )
+        if kind == "flat" or degree == 1 or (kind == "auto" and (degree < 4 or node is None or not 1 < node < degree)):
+            return 1
+        node = degree if node is None else node
+        if degree % node:
+            raise ConfigError(f"moe.exchange.node={node} does not divide the {degree} ranks that share the experts")
+        return node
 
     def num_one_parameters(self, dim: int, ffn_dim: int) -> int:
         """Parameters of one expert."""

@@ -42,8 +42,7 @@ class GateConfig:
     sample_second: bool = False
     bias_rate: float = 0.0
 
-    def check(self) -> None:
-        """Raise ConfigError unless every number is in its range; a `Gate` asks when it is made."""
+    def __post_init__(self) -> None:
         if self.score not in ("softmax", "sigmoid"):
             raise ConfigError(f"gate.score={self.score!r}: expected 'softmax' or 'sigmoid'")
         if not 0.0 <= self.jitter < 1.0:
@@ -52,6 +51,17 @@ class GateConfig:
             raise ConfigError(f"gate.scale={self.scale}: expected a number above 0")
         if not (math.isfinite(self.bias_rate) and self.bias_rate >= 0):
             raise ConfigError(f"gate.bias_rate={self.bias_rate}: expected 0 (no bias) or more, say 0.001")
+
+    def check(self, num_experts: int, top_k: int) -> int:
+        """How many groups a token may choose from; ConfigError where the settings do not go with these numbers."""
+        if self.renormalize and top_k == 1:
+            raise ConfigError(
+                "gate.renormalize=true with top_k=1 makes every weight 1, and the router would learn nothing: "
+                "leave it out or raise top_k"
+            )
+        if self.sample_second and top_k == 1:
+            raise ConfigError("gate.sample_second=true with top_k=1 draws nothing: raise top_k or leave it out")
+        return check_groups(num_experts, top_k, self.num_groups, self.top_groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,17 +109,9 @@ class Gate(nn.Module):
     ) -> None:
         super().__init__()
         config = GateConfig() if config is None else config
-        config.check()
         if not 1 <= top_k <= num_experts:
             raise ConfigError(f"top_k={top_k}: expected 1 to num_experts={num_experts}")
-        if config.renormalize and top_k == 1:
-            raise ConfigError(
-                "gate.renormalize=true with top_k=1 makes every weight 1, and the router would learn nothing: "
-                "leave it out or raise top_k"
-            )
-        if config.sample_second and top_k == 1:
-            raise ConfigError("gate.sample_second=true with top_k=1 draws nothing: raise top_k or leave it out")
-        self.top_groups = check_groups(num_experts, top_k, config.num_groups, config.top_groups)
+        self.top_groups = config.check(num_experts, top_k)
         self.config, self.top_k, self.seed, self.layer = config, top_k, seed, layer
         self.renormalize = top_k > 1 if config.renormalize is None else config.renormalize
         weight_dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)

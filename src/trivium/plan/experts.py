@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from trivium.base.errors import ConfigError
+from trivium.dist.exchange import ExchangeConfig, crossover_bytes
 from trivium.dist.shard import Placement
 from trivium.models import Decoder, DecoderConfig, MoEBlock
 from trivium.models.decoder import expert_degrees
@@ -63,28 +64,41 @@ def keep_own(model: Decoder, ep: int | Sequence[int], rank: int) -> None:
 def exchange(
     config: DecoderConfig | None, ep: int | Sequence[int], batch: Batch, dtype: torch.dtype
 ) -> Mapping[str, Traffic]:
-    """What one rank sends for one micro-batch, under the ledger's names of the phases, by the flat all-to-all.
+    """What one rank sends for one micro-batch, under the ledger's names of the phases, by the config's all-to-all.
 
     If its tokens choose experts evenly and none are dropped: of T · top_k rows (ep - 1) / ep go elsewhere, and come
-    back, in forward and again in backward; recomputation repeats the forward. The counts that the ranks agree on before
-    are exact, the rows an expectation.
+    back, in forward and again in backward; recomputation repeats the forward. A hierarchy of nodes of G ranks sends
+    (G - 1) / G of them inside, then (ep / G - 1) / (ep / G) across. The counts that the ranks agree on before are
+    exact, the rows an expectation. Without ``moe.exchange.node`` all ranks are taken to be on one host.
     """
-    calls = rows = counts = 0
+    counts = way = Traffic()
     if config is not None and config.moe is not None:
         experts = [count for count in config.num_experts if count]
+        row_bytes, rows = config.dim * dtype.itemsize, batch.tokens * config.moe.top_k
         for number, degree in zip(experts, degrees(config, ep), strict=True):
-            if degree > 1:
-                calls += 1
-                rows += round(batch.tokens * config.moe.top_k * (degree - 1) / degree)
-                counts += (degree - 1) * (STATUS_NUMBERS + number) * _INTEGER_BYTES
-    if not calls or config is None:
+            node = config.moe.node_of(degree)
+            integers = (STATUS_NUMBERS + number) * _INTEGER_BYTES
+            for ranks, told in ((node, 1), (degree // node, node)):
+                if ranks > 1:
+                    counts += Traffic(sent_bytes=(ranks - 1) * told * integers, calls=1)
+            if _is_flat(config.moe.exchange, degree, rows * row_bytes):
+                node = 1
+            for ranks in (node, degree // node):
+                if ranks > 1:
+                    way += Traffic(sent_bytes=round(rows * (ranks - 1) / ranks) * row_bytes, calls=1)
+    if not way.calls:
         return {}
     again = 2 if batch.recompute else 1
-    way = Traffic(sent_bytes=rows * config.dim * dtype.itemsize, calls=calls)
     return {
-        "dispatch.counts": Traffic(sent_bytes=counts, calls=calls).times(again),
+        "dispatch.counts": counts.times(again),
         "dispatch": way.times(again),
         "combine": way.times(again),
         "dispatch.backward": way,
         "combine.backward": way,
     }
+
+
+def _is_flat(config: ExchangeConfig, degree: int, sent_bytes: int) -> bool:
+    """Whether `auto` takes messages of this size straight, where it has the choice."""
+    least = crossover_bytes(degree) if config.crossover_bytes is None else config.crossover_bytes
+    return config.kind == "auto" and sent_bytes / degree >= least

@@ -110,6 +110,8 @@ class MeshConfig:
         for degree, count in zip(self.degrees * (len(counts) if isinstance(self.ep, int) else 1), counts, strict=True):
             if count < degree:
                 raise ConfigError(f"mesh.ep={degree} ranks for {count} experts: some would hold none; lower mesh.ep")
+            if decoder.moe is not None:
+                decoder.moe.node_of(degree)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,11 +350,19 @@ class TrainConfig:
             raise ConfigError(
                 f"mesh.ep={self.mesh.largest} with model.from: a Hugging Face model is read whole; leave it out"
             )
+        self._check_shards(ranks)
+
+    def _check_shards(self, ranks: int) -> None:
+        """Of each axis that parameters are sharded over: all ranks, and those that hold the same experts."""
         size = self.zero.shard_size
-        if size is not None and size < ranks and ranks % size:
+        for degree in (1, *self.mesh.degrees):
+            alike = ranks // degree
+            if size is None or size >= alike or alike % size == 0:
+                continue
+            which = "ranks" if degree == 1 else f"ranks that hold the same experts ({ranks} ranks, mesh.ep={degree})"
             raise ConfigError(
-                f"zero.shard_size={size} does not divide {ranks} ranks ({ranks} / {size} = {ranks / size:.3g}): "
-                f"expected one of {', '.join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)}"
+                f"zero.shard_size={size} does not divide {alike} {which} ({alike} / {size} = {alike / size:.3g}): "
+                f"expected one of {', '.join(str(n) for n in range(1, alike + 1) if alike % n == 0)}"
             )
 
 
