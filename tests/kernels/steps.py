@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +63,21 @@ NATIVE = [
     pytest.param(name, marks=[] if name in variants() else pytest.mark.skip(reason="not for this CPU or compiler"))
     for name in build.variants()
 ]
+
+
+def grid(*axes: Sequence[Any]) -> list[Any]:
+    """Every variant with every combination of the axes' values; `generic`, slow and without code of its own in what
+    such grids vary, with a third of them in which every value of every axis stays.
+    """
+    cells = []
+    for variant in NATIVE:
+        for places in itertools.product(*(range(len(axis)) for axis in axes)):
+            if variant.values[0] == "generic" and sum(places) % 3:
+                continue
+            values = [axis[place] for axis, place in zip(axes, places, strict=True)]
+            flat = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
+            cells.append(pytest.param(*variant.values, *flat, marks=variant.marks))
+    return cells
 
 
 def native(program: Program, variant: str, threads: int = 1) -> Executor:

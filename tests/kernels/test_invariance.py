@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.steps import FORMATS, NATIVE, batch_of, caches, close, decoder, native, run
+from tests.kernels.steps import FORMATS, NATIVE, batch_of, caches, close, decoder, grid, native, run
 from trivium.kernels import registry
 from trivium.kernels.matrix import Format
 from trivium.kernels.program import Program
@@ -18,9 +18,7 @@ def alone(program: Program, variant: str, request: int, dtype: torch.dtype) -> t
     return run(native(program, variant), program, batch_of((request, 0, LENGTH)), dtype=dtype)[0].logits
 
 
-@pytest.mark.parametrize("variant", NATIVE)
-@pytest.mark.parametrize(("format", "group"), FORMATS)
-@pytest.mark.parametrize("moe", [False, True], ids=["dense", "experts"])
+@pytest.mark.parametrize(("variant", "format", "group", "moe"), grid(FORMATS, (False, True)))
 def test_a_request_never_depends_on_its_company(variant: str, format: Format, group: int, moe: bool) -> None:
     program = decoder(format, group, "panels", moe=moe)
     wanted = alone(program, variant, 0, torch.float32)

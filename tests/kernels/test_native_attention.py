@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kernels.steps import NATIVE, batch_of, close, native, run, vector
+from tests.kernels.steps import NATIVE, batch_of, close, grid, native, run, vector
 from trivium.kernels import registry
 from trivium.kernels.program import Attend, CacheSpec, Embed, Program, Rows, Span
 
@@ -64,9 +64,7 @@ def attention(
     )
 
 
-@pytest.mark.parametrize("variant", NATIVE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("variant", "dtype", "kind"), grid([torch.float32, torch.bfloat16, torch.int8], list(KINDS)))
 def test_attention(variant: str, dtype: torch.dtype, kind: str) -> None:
     program = attention(**KINDS[kind])
     steps = (

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 import torch
 
-from tests.kernels.steps import NATIVE, close, compare, native, over, rows_batch, vector
+from tests.kernels.steps import NATIVE, close, compare, grid, native, over, rows_batch, vector
 from trivium.kernels import registry
 from trivium.kernels.matrix import Layout
 from trivium.kernels.program import Combine, Embed, Norm, Operation, Program, Rope, Rows, Span
@@ -21,10 +21,10 @@ def check(variant: str, x: torch.Tensor, out: Span, *operations: Operation) -> N
     compare(make, variant, x.shape[0])
 
 
-@pytest.mark.parametrize("variant", NATIVE)
-@pytest.mark.parametrize("kind", ["rms", "layer"])
-@pytest.mark.parametrize(("width", "group"), [(64, 64), (70, 70), (100, 20), (7, 7)])
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(
+    ("variant", "kind", "width", "group", "own"),
+    grid(("rms", "layer"), [(64, 64), (70, 70), (100, 20), (7, 7)], (False, True)),
+)
 def test_norm(variant: str, kind: Literal["rms", "layer"], width: int, group: int, own: bool) -> None:
     size = width if own else group
     x = 1.5 + vector(3 * width).view(3, width)
@@ -63,9 +63,10 @@ def test_rope(variant: str, interleaved: bool, head_dim: int, turned: int, first
     close(native(program, variant).run(batch, ()).logits, wanted)
 
 
-@pytest.mark.parametrize("variant", NATIVE)
-@pytest.mark.parametrize("width", [33, 5000])
-@pytest.mark.parametrize("kind", ["add", "multiply", "scale", "clip", "softcap", "silu", "gelu", "tanh"])
+@pytest.mark.parametrize(
+    ("variant", "width", "kind"),
+    grid((33, 5000), ("add", "multiply", "scale", "clip", "softcap", "silu", "gelu", "tanh")),
+)
 def test_combine(variant: str, width: int, kind: str) -> None:
     x = 3 * vector(2 * 2 * width).view(2, 2 * width)
     b = Span(0, width, width) if kind in ("add", "multiply") else None

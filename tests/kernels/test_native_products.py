@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.steps import FORMATS, NATIVE, compare, matrix, over, vector
+from tests.kernels.steps import FORMATS, NATIVE, compare, grid, matrix, over, vector
 from trivium.kernels.matrix import Format, Layout, Matrix, arrange
 from trivium.kernels.program import Activation, Expert, Experts, Gate, Gated, HeadLinear, Linear, Program, Span
 
-# Tokens 1 to 6 and 16, 17 are the edges of register blocks and tiles; 241 is past a block of tokens.
+# Tokens 1 to 6 and 16, 17 are the edges of register blocks and tiles; 257 is past a block of tokens.
 SIZES = ((1, 64, 64), (3, 33, 70), (5, 200, 130), (6, 129, 64), (17, 96, 65), (33, 257, 10))
 ACTIVATIONS: tuple[Activation, ...] = (
     "silu",
@@ -25,9 +25,7 @@ ACTIVATIONS: tuple[Activation, ...] = (
 )
 
 
-@pytest.mark.parametrize("variant", NATIVE)
-@pytest.mark.parametrize(("format", "group"), FORMATS)
-@pytest.mark.parametrize(("tokens", "columns", "rows"), SIZES)
+@pytest.mark.parametrize(("variant", "format", "group", "tokens", "columns", "rows"), grid(FORMATS, SIZES))
 def test_linear(variant: str, format: Format, group: int, tokens: int, columns: int, rows: int) -> None:
     x = vector(tokens * columns).view(tokens, columns)
 
@@ -41,7 +39,7 @@ def test_linear(variant: str, format: Format, group: int, tokens: int, columns: 
 @pytest.mark.parametrize("variant", NATIVE)
 @pytest.mark.parametrize(("format", "group"), [("float16", 0), ("bfloat16", 0), ("int8", 0), ("int4", 32)])
 def test_more_tokens_and_inputs_than_a_block(variant: str, format: Format, group: int) -> None:
-    tokens, columns, rows = 241, 300, 70
+    tokens, columns, rows = 257, 300, 70
     x = vector(tokens * columns).view(tokens, columns)
 
     def make(layout: Layout) -> Program:
@@ -110,9 +108,7 @@ def test_scales_in_fp32(variant: str) -> None:
     compare(make, variant, 2)
 
 
-@pytest.mark.parametrize("variant", NATIVE)
-@pytest.mark.parametrize(("format", "group"), FORMATS)
-@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize(("variant", "format", "group", "tokens"), grid(FORMATS, (1, 9)))
 def test_gated(variant: str, format: Format, group: int, tokens: int) -> None:
     x = vector(tokens * 72).view(tokens, 72)
 
@@ -185,9 +181,10 @@ GATES = (
 )
 
 
-@pytest.mark.parametrize("variant", NATIVE)
-@pytest.mark.parametrize("gate", GATES, ids=lambda gate: f"{gate.scores}-{gate.top_k}-{gate.groups}")
-@pytest.mark.parametrize(("tokens", "format", "group"), [(1, "float32", 0), (7, "bfloat16", 0), (40, "int8", 0)])
+@pytest.mark.parametrize(
+    ("variant", "gate", "tokens", "format", "group"),
+    grid(GATES, [(1, "float32", 0), (7, "bfloat16", 0), (40, "int8", 0)]),
+)
 def test_experts(variant: str, gate: Gate, tokens: int, format: Format, group: int) -> None:
     x = vector(tokens * 84).view(tokens, 84)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -176,3 +178,31 @@ def test_no_output_rows(variant: str) -> None:
     step = replace(STEP, output_rows=torch.zeros(0, dtype=INT))
     out = native(program, variant, 2).run(step, caches(program))
     assert out.logits.shape == (0, 50)
+
+
+THREADS = """
+import resource, sys
+from tests.kernels.steps import batch_of, caches, decoder, native
+from trivium.base.errors import SetupError
+program = decoder("float32", 0, "panels")
+executor, held, step = native(program, sys.argv[1], 40), caches(program), batch_of((0, 0, 5))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+try:
+    executor.run(step, held)
+except SetupError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(len(executor.run(step, held).logits))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads its own size in /proc")
+def test_threads_that_cannot_start_are_an_error_not_an_end() -> None:
+    """40 stacks of 8 MiB do not fit into 64 MiB: some threads start, a later one does not."""
+    variant = registry.native_variants()[0] if "native" in registry.available() else pytest.skip("no native kernels")
+    done = subprocess.run([sys.executable, "-c", THREADS, variant], capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines() == [
+        "the native kernels could not start their threads; allow more, or ask for fewer",
+        "5",
+    ], done.stderr

@@ -21,7 +21,8 @@ inline void configure_tiles(Scratch& scratch, int rows, int depth) {
     config.bytes[i] = i == 4 || i == 5 ? depth : 64;
     config.rows[i] = i < 6 ? rows : depth / 4;
   }
-  _tile_loadconfig(&config);
+  // Not _tile_loadconfig: g++ 12 declares that it reads eight bytes, and drops the stores to the others.
+  asm volatile("ldtilecfg %0" : : "m"(config));
   scratch.tile_rows = wanted;
 }
 inline void release_tiles(Scratch& scratch) {

@@ -148,13 +148,15 @@ void each_panel(const Turn& turn, int phase, const ExpertTables& tables, const W
   for (int i = 0; i < *tables.num_hits; i++) {
     const Hit& hit = tables.hits[i];
     const Expert& expert = turn.op.experts[hit.expert];
-    int64_t panels = panels_of(down ? *expert.down : *expert.up), blocks = (hit.count + kBlock - 1) / kBlock;
-    for (; wanted < base + panels * blocks; wanted = turn.take(phase)) {
+    const Matrix& matrix = down ? *expert.down : *expert.up;
+    const int64_t panels = panels_of(matrix);
+    const Blocks blocks(hit.count, form_of(matrix));
+    for (; wanted < base + panels * blocks.count; wanted = turn.take(phase)) {
       int64_t item = wanted - base;
-      int first = (int)(item / panels) * kBlock, left = hit.count - first;
-      work(expert, hit.start + first, left < kBlock ? left : kBlock, item % panels);
+      int first = (int)(item / panels * blocks.size), left = hit.count - first;
+      work(expert, hit.start + first, left < blocks.size ? left : (int)blocks.size, item % panels);
     }
-    base += panels * blocks;
+    base += panels * blocks.count;
   }
 }
 

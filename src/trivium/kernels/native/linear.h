@@ -55,11 +55,12 @@ inline void run_linear(const Turn& turn) {
   if (turn.plan.prepare) run_prepare(turn);
   const Matrix& m = *turn.op.matrix;
   const Prepared x = operand(turn, turn.op.x, (int)m.columns);
-  const int64_t rows = turn.rows(), panels = panels_of(m), blocks = (rows + kBlock - 1) / kBlock;
+  const int64_t rows = turn.rows(), panels = panels_of(m);
+  const Blocks blocks(rows, x.form);
   float* c = turn.scratch().c0.get<float>(kBlock * kPanel);
-  for (int64_t item; (item = turn.take(0)) < panels * blocks;) {
-    int64_t t0 = item / panels * kBlock, panel = item % panels;
-    int tokens = (int)(rows - t0 < kBlock ? rows - t0 : kBlock);
+  for (int64_t item; (item = turn.take(0)) < panels * blocks.count;) {
+    int64_t t0 = item / panels * blocks.size, panel = item % panels;
+    int tokens = (int)(rows - t0 < blocks.size ? rows - t0 : blocks.size);
     product(m, panel, x, (int)t0, tokens, c, turn.scratch());
     finish_linear(turn, turn.op.out, m.rows, panel, t0, tokens, c);
   }
@@ -79,12 +80,13 @@ inline void run_gated(const Turn& turn) {
   const Matrix& gate = *op.matrix;
   const Matrix& up = *op.matrix2;
   const Prepared x = operand(turn, op.x, (int)gate.columns);
-  const int64_t rows = turn.rows(), panels = panels_of(gate), blocks = (rows + kBlock - 1) / kBlock;
+  const int64_t rows = turn.rows(), panels = panels_of(gate);
+  const Blocks blocks(rows, x.form);
   float* c0 = turn.scratch().c0.get<float>(kBlock * kPanel);
   float* c1 = turn.scratch().c1.get<float>(kBlock * kPanel);
-  for (int64_t item; (item = turn.take(0)) < panels * blocks;) {
-    int64_t t0 = item / panels * kBlock, panel = item % panels;
-    int tokens = (int)(rows - t0 < kBlock ? rows - t0 : kBlock);
+  for (int64_t item; (item = turn.take(0)) < panels * blocks.count;) {
+    int64_t t0 = item / panels * blocks.size, panel = item % panels;
+    int tokens = (int)(rows - t0 < blocks.size ? rows - t0 : blocks.size);
     product(gate, panel, x, (int)t0, tokens, c0, turn.scratch());
     product(up, panel, x, (int)t0, tokens, c1, turn.scratch());
     for (int t = 0; t < tokens; t++) {
@@ -103,11 +105,12 @@ inline void run_gated(const Turn& turn) {
 inline void run_head_linear(const Turn& turn) {
   if (turn.plan.prepare) run_prepare(turn);
   const Operation& op = turn.op;
-  const int64_t rows = turn.rows(), panels = panels_of(op.matrix[0]), blocks = (rows + kBlock - 1) / kBlock;
+  const int64_t rows = turn.rows(), panels = panels_of(op.matrix[0]);
+  const Blocks blocks(rows, form_of(op.matrix[0]));
   float* c = turn.scratch().c0.get<float>(kBlock * kPanel);
-  for (int64_t item; (item = turn.take(0)) < op.count * panels * blocks;) {
-    int64_t head = item / (panels * blocks), t0 = item / panels % blocks * kBlock, panel = item % panels;
-    int tokens = (int)(rows - t0 < kBlock ? rows - t0 : kBlock);
+  for (int64_t item; (item = turn.take(0)) < op.count * panels * blocks.count;) {
+    int64_t head = item / (panels * blocks.count), t0 = item / panels % blocks.count * blocks.size, panel = item % panels;
+    int tokens = (int)(rows - t0 < blocks.size ? rows - t0 : blocks.size);
     const Matrix& m = op.matrix[head];
     Span from = op.x, out = op.out;
     from.start += (int32_t)head * op.x_stride;

@@ -53,14 +53,17 @@ class Signal {
 
 class Team {
  public:
+  // Throws std::system_error where a thread cannot be started; those that were have ended then.
   explicit Team(int size) : size_(size), process_(getpid()) {
-    for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { serve(i); });
+    threads_.reserve(size);
+    try {
+      for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { serve(i); });
+    } catch (...) {
+      end();
+      throw;
+    }
   }
-  ~Team() {
-    stop_ = true;
-    begin_.raise();
-    for (auto& thread : threads_) thread.join();
-  }
+  ~Team() { end(); }
   int size() const { return size_; }
   // After a fork the helpers do not exist in the child.
   bool alive() const { return process_ == getpid(); }
@@ -86,6 +89,11 @@ class Team {
   }
 
  private:
+  void end() {
+    stop_ = true;
+    begin_.raise();
+    for (auto& thread : threads_) thread.join();
+  }
   void serve(int member) {
     uint32_t seen = 0;
     for (;;) {

@@ -9,8 +9,21 @@
 namespace trv {
 
 constexpr int kPanel = 64;
-constexpr int kBlock = 240;      // tokens of a block: whole tiles of 16, of 5 and of 6
-constexpr int kDepth = 128;      // inputs of a panel unpacked at once
+constexpr int kBlock = 272;      // tokens of the largest block
+constexpr int kBlockWanted = 256;
+constexpr int kDepth = 128;      // inputs of a panel that many tokens meet at once
+constexpr int64_t kAhead = kDepth * kPanel;  // weights that are fetched while as many are used
+
+// Tokens cut into equal blocks of whole tiles (registers hold six tokens of a product in fp32): every block reads all
+// weights, so a small last one would cost as much memory traffic as a whole one.
+struct Blocks {
+  int64_t count, size;
+  Blocks(int64_t rows, Form form) {
+    int64_t tile = form == kPlain ? 6 : tile_tokens(form), wanted = (rows + kBlockWanted - 1) / kBlockWanted;
+    size = round_up((rows + wanted - 1) / (wanted ? wanted : 1), tile);
+    count = size ? (rows + size - 1) / size : 0;
+  }
+};
 
 // A thread's own memory.
 struct Scratch {
@@ -89,11 +102,18 @@ __attribute__((noinline)) void float_rows(const Source& w, int64_t depth, const 
   for (int j0 = 0; j0 < 4; j0 += NV) float_strip<NT, NV>(w, depth, x, stride, c, ldc, j0);
 }
 
-// c [tokens][ldc] += x [tokens][depth] · w [depth][64].
+// c [tokens][ldc] += x [tokens][depth] · w [depth][64]; meanwhile `ahead` bytes from `next` on come into the caches.
 template <typename Source>
-void float_panel(const Source& w, int64_t depth, const float* x, int64_t stride, int tokens, float* c, int64_t ldc) {
+void float_panel(const Source& w, int64_t depth, const float* x, int64_t stride, int tokens, float* c, int64_t ldc,
+                 const void* next = nullptr, int64_t ahead = 0) {
+  const char* line = (const char*)next;
+  const char* end = line + ahead;
+  const int64_t share = tokens >= 6 ? round_up(ahead / (tokens / 6) + 1, 64) : 0;
   int t = 0;
-  for (; t + 6 <= tokens; t += 6) float_rows<6>(w, depth, x + t * stride, stride, c + t * ldc, ldc);
+  for (; t + 6 <= tokens; t += 6) {
+    for (const char* stop = line + share < end ? line + share : end; line < stop; line += 64) __builtin_prefetch(line, 0, 2);
+    float_rows<6>(w, depth, x + t * stride, stride, c + t * ldc, ldc);
+  }
   x += t * stride;
   c += t * ldc;
   switch (tokens - t) {
@@ -115,7 +135,8 @@ void float_product(const Source& w, int64_t columns, const Prepared& x, int t0, 
     for (int64_t k = 0; k < columns; k += depth) {
       Source part = w;
       part.w += k * kPanel;
-      float_panel(part, k + depth < columns ? depth : columns - k, rows + k, x.stride, tokens, c, kPanel);
+      int64_t count = k + depth < columns ? depth : columns - k;
+      float_panel(part, count, rows + k, x.stride, tokens, c, kPanel, part.w + count * kPanel, kAhead * sizeof(*part.w));
     }
     return;
   }
@@ -127,7 +148,8 @@ void float_product(const Source& w, int64_t columns, const Prepared& x, int t0, 
         vstore(wide + i * kPanel + j * kLanes, Source::even(w, k + i, j));
         if (i + 1 < depth) vstore(wide + (i + 1) * kPanel + j * kLanes, Source::odd(w, k + i, j));
       }
-    float_panel(FromFloat32{wide}, depth, rows + k, x.stride, tokens, c, kPanel);
+    const auto* next = w.w + (k + depth) * kPanel;
+    float_panel(FromFloat32{wide}, depth, rows + k, x.stride, tokens, c, kPanel, next, kAhead * sizeof(*next));
   }
 }
 
