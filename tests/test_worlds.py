@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -42,10 +41,9 @@ def test_the_culprit_comes_first_and_the_world_is_replaced(world: Worlds) -> Non
 def test_a_dead_rank_and_a_slow_rank_are_told(world: Worlds) -> None:
     with pytest.raises(WorldFailure, match="rank 0: first \\(died\\)\nthe process ended, exit code 7"):
         world(2).run(cases.die_on, 0)
-    begin = time.monotonic()
-    with pytest.raises(WorldFailure, match=r"ranks 1: no answer within 0\.5 s(.|\n)*in sleep_on"):
-        world(2).run(cases.sleep_on, 1, timeout=0.5)
-    assert time.monotonic() - begin < 30
+    world(2).run(cases.who)
+    with pytest.raises(WorldFailure, match=r"ranks 1: no answer within 2 s(.|\n)*in sleep_on"):
+        world(2).run(cases.sleep_on, 1, timeout=2)
 
 
 def test_an_interrupted_or_discarded_world_is_not_used_again(world: Worlds, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +67,7 @@ def test_warnings_are_errors_and_skips_are_skips(world: Worlds) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_no_orphans_when_the_test_process_is_killed(tmp_path: Path) -> None:
-    program = "import time; from tests.worlds import World; w = World(1); print(*w.pids, flush=True); time.sleep(60)"
+    program = "import time, tests.worlds; w = tests.worlds.Worlds(); print(*w(1).pids, flush=True); time.sleep(3600)"
     parent = subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, env=child_environment(), stdout=subprocess.PIPE
     )
@@ -79,17 +77,23 @@ def test_no_orphans_when_the_test_process_is_killed(tmp_path: Path) -> None:
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    _, alive = psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=5)
+    _, alive = psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=60)
     assert not alive
 
 
 def test_launch_under_torchrun_and_kill_one(launch: Launch, tmp_path: Path) -> None:
     script = tmp_path / "rank.py"
-    script.write_text("import time, os\nprint('rank', os.environ['RANK'], flush=True)\ntime.sleep(60)\n")
+    script.write_text("import time, os\nprint('rank', os.environ['RANK'], flush=True)\ntime.sleep(3600)\n")
     launched = launch([str(script)], ranks=2)
     pids = launched.rank_pids()
     assert len(set(pids)) == 2
     os.kill(pids[1], signal.SIGKILL)
-    assert launched.wait(timeout=60) != 0
+    assert launched.wait() != 0
     assert "Signal 9" in launched.stderr or "SIGKILL" in launched.stderr
     assert not any(map(psutil.pid_exists, pids))
+
+
+def test_ctrl_c_reaches_what_the_tests_start() -> None:
+    """Also where the tests run behind a shell's ``&`` or nohup: tests/conftest.py."""
+    program = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "True\n"

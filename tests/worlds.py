@@ -10,9 +10,10 @@ A case is an importable function whose first argument is the rank's mesh::
     def test_total(world):
         assert world(2).run("tests.zero.cases", "total", 3) == [[3], [3]]
 
-Each rank runs with one thread, warnings as errors and seed 0. A case that fails or exceeds its time on any rank fails
-the test with the culprit's traceback first and every rank's words; its world is then thrown away, and the next test
-gets a new one. No process outlives the test session.
+Ranks are forked from one process that has imported torch and Trivium, which would take each of them seconds of a core;
+where forking is not safe (off Linux) each starts afresh. Each runs with one thread, warnings as errors and seed 0. A
+case that fails or exceeds its time on any rank fails the test with the culprit's traceback first and every rank's
+words; its world is then thrown away, and the next test gets a new one. No process outlives the test session.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import pytest
@@ -48,8 +49,25 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-START_S = 120.0
+_RANK_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
+    "PYTHONUNBUFFERED": "1",
+}
+START_S = 240.0
+CASE_S = 240.0  # against hanging only: a machine may lose its cores for minutes
 GRACE_S = 2.0
+WORDS_S = 10.0
+_PRELOADED = (
+    "torch",
+    "trivium",
+    "trivium.checkpoint",
+    "trivium.zero",
+    "trivium.moe",
+    "trivium.models",
+    "trivium.train",
+)
+_MESSAGE_BYTES = 1 << 20
 _TAIL_LINES = 60
 _PR_SET_PDEATHSIG = 1
 
@@ -58,14 +76,111 @@ class WorldFailure(AssertionError):
     """A case failed on some rank; the text holds the culprit's traceback, then the others'."""
 
 
+class Rank(Protocol):
+    """The process of a rank, as ``subprocess.Popen`` and ``Forked`` have it."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def kill(self) -> None: ...
+
+
+class Forked:
+    """A process that the nursery forked and waits for."""
+
+    def __init__(self, nursery: Nursery, pid: int) -> None:
+        self.pid = pid
+        self._nursery = nursery
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        if self._code is None:
+            self._code = self._nursery.ask(("poll", self.pid), lost=-signal.SIGKILL)
+        return self._code
+
+    def wait(self, timeout: float | None = None) -> int:
+        deadline = time.monotonic() + (CASE_S if timeout is None else timeout)
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("a forked rank", timeout or CASE_S)
+            time.sleep(0.002)
+        return code
+
+    def kill(self) -> None:
+        if self._code is None:  # until it was waited for, its pid is nobody else's
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+
+class Nursery:
+    """The process that ranks are forked from, started for the first. It dies with this one, and they with it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: socket.socket | None = None
+
+    def bear(self, environment: Mapping[str, str], log: Path, pipe: Connection) -> Rank:
+        """A new rank that answers on the other end of ``pipe`` and writes its words into ``log``."""
+        if sys.platform != "linux":
+            return _fresh("rank", environment, log, pipe.fileno())
+        pid: int | None = self.ask(("fork", dict(environment), str(log)), pipe.fileno())
+        if pid is None:
+            raise WorldFailure("the process that ranks are forked from has ended; its words are on stderr")
+        return Forked(self, pid)
+
+    def ask(self, request: tuple[Any, ...], fd: int | None = None, lost: Any = None) -> Any:
+        """The nursery's answer; ``lost`` if it has ended. Only a request with ``fd`` starts one."""
+        if fd is not None and (self._process is None or self._process.poll() is not None):
+            self.close()
+            self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._process = _fresh("nursery", {**os.environ, **_RANK_ENVIRONMENT}, None, theirs.fileno())
+            theirs.close()
+        if self._channel is None:
+            return lost
+        try:
+            socket.send_fds(self._channel, [pickle.dumps(request)], [] if fd is None else [fd])
+            answer = self._channel.recv(_MESSAGE_BYTES)
+        except OSError:
+            return lost
+        return pickle.loads(answer) if answer else lost
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        if self._channel is not None:
+            self._channel.close()
+        self._process = self._channel = None
+
+
+def _fresh(role: str, environment: Mapping[str, str], log: Path | None, fd: int) -> subprocess.Popen[bytes]:
+    """This file as a program that is given ``fd``."""
+    with contextlib.ExitStack() as stack:
+        words = None if log is None else stack.enter_context(log.open("ab"))
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.worlds", role, str(fd), str(os.getpid())],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=words,
+            stderr=words,
+            pass_fds=[fd],
+            start_new_session=True,
+        )
+
+
 class World:
     """``size`` long-lived ranks. Get one from the fixture ``world``, not from here."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, nursery: Nursery) -> None:
         self.size = size
+        self._nursery = nursery
         self._folder = tempfile.TemporaryDirectory(prefix=f"trivium-world-{size}-")
         self._logs = [Path(self._folder.name) / f"rank-{rank}.log" for rank in range(size)]
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[Rank] = []
         self._pipes: list[Connection] = []
         port = free_port()
         for rank in range(size):
@@ -85,7 +200,7 @@ class World:
         case: str | Callable[..., Any],
         function: str | None = None,
         *arguments: Any,
-        timeout: float = 60.0,
+        timeout: float = CASE_S,
         discard: bool = False,
         **keywords: Any,
     ) -> list[Any]:
@@ -127,26 +242,15 @@ class World:
         ours, theirs = Pipe()
         environment = {
             **os.environ,
+            **_RANK_ENVIRONMENT,
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(self.size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
-            "PYTHONUNBUFFERED": "1",
         }
-        with self._logs[rank].open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "tests.worlds", str(theirs.fileno()), str(os.getpid())],
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
+        self._logs[rank].touch()
+        process = self._nursery.bear(environment, self._logs[rank], theirs)
         theirs.close()
         self._processes.append(process)
         self._pipes.append(ours)
@@ -186,11 +290,7 @@ class World:
         self, what: str, timeout: float, answers: Mapping[int, tuple[str, float, Any]], offsets: Sequence[int]
     ) -> str:
         silent = [rank for rank in range(self.size) if rank not in answers]
-        for rank in silent:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._processes[rank].pid, signal.SIGUSR1)
-        if silent:
-            time.sleep(0.3)
+        self._ask_for_stacks(silent)
         failed = sorted((kind != "died", at, rank) for rank, (kind, at, _) in answers.items() if kind != "ok")
         lines = [f"{what} on {self.size} ranks"]
         for place, (_, _, rank) in enumerate(failed):
@@ -211,11 +311,23 @@ class World:
                 lines.append(f"--- words of rank {rank}\n" + "\n".join(words[-_TAIL_LINES:]))
         return "\n".join(lines)
 
+    def _ask_for_stacks(self, ranks: Sequence[int]) -> None:
+        """Let ``ranks`` write where they are into their logs; wait until each has, or ``WORDS_S``."""
+        sizes = {rank: self._logs[rank].stat().st_size for rank in ranks}
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._processes[rank].pid, signal.SIGUSR1)
+        deadline = time.monotonic() + WORDS_S
+        while sizes and time.monotonic() < deadline:
+            sizes = {rank: size for rank, size in sizes.items() if self._logs[rank].stat().st_size == size}
+            time.sleep(0.05)
+
 
 class Worlds:
     """One world per size, started when first asked for and again after it was lost: the fixture ``world``."""
 
     def __init__(self) -> None:
+        self._nursery = Nursery()
         self._worlds: dict[int, World] = {}
 
     def __call__(self, size: int) -> World:
@@ -223,13 +335,14 @@ class Worlds:
         if known is None or not known.alive:
             if known is not None:
                 known.close()
-            self._worlds[size] = known = World(size)
+            self._worlds[size] = known = World(size, self._nursery)
         return known
 
     def close(self) -> None:
         for known in self._worlds.values():
             known.close()
         self._worlds.clear()
+        self._nursery.close()
 
 
 class Launched:
@@ -258,7 +371,7 @@ class Launched:
     def stderr(self) -> str:
         return self._err.read_text(errors="replace")
 
-    def rank_pids(self, timeout: float = 60.0) -> list[int]:
+    def rank_pids(self, timeout: float = START_S) -> list[int]:
         """The processes of the ranks, in order; waits until all of them are there."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline and self.process.poll() is None:
@@ -273,7 +386,7 @@ class Launched:
             time.sleep(0.05)
         raise WorldFailure(f"the {self.ranks} ranks did not start within {timeout:g} s\n{self.stderr}")
 
-    def wait(self, timeout: float = 120.0) -> int:
+    def wait(self, timeout: float = CASE_S) -> int:
         """The exit code of torchrun; on timeout everything is killed and the words are shown."""
         try:
             return self.process.wait(timeout=timeout)
@@ -289,7 +402,7 @@ class Launched:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
         self.process.wait()
-        psutil.wait_procs(family, timeout=5)
+        psutil.wait_procs(family, timeout=60)
 
     def _family(self) -> list[psutil.Process]:
         try:
@@ -321,8 +434,7 @@ def launcher(folder: Path) -> Iterator[Launch]:
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment for a fresh process: this source tree, one thread, none of a launcher's variables."""
     kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
-    return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **(extra or {})}
+    return {**kept, **_RANK_ENVIRONMENT, **(extra or {})}
 
 
 def free_port() -> int:
@@ -398,8 +510,55 @@ def _serve(pipe: Connection) -> None:
         pipe.send_bytes(_run_case(mesh, request))
 
 
-if __name__ == "__main__":
-    _die_with(int(sys.argv[2]))
+def _be_rank(fd: int) -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
-    _serve(Connection(int(sys.argv[1])))
+    _serve(Connection(fd))
+
+
+def _be_forked_rank(fd: int, parent: int, environment: Mapping[str, str], log: str) -> None:
+    """What a forked process does instead of returning: the rank's work, its words in ``log``."""
+    code = 1
+    try:
+        os.setsid()
+        _die_with(parent)
+        os.environ.clear()
+        os.environ.update(environment)
+        words = os.open(log, os.O_WRONLY | os.O_APPEND)
+        os.dup2(words, 1)
+        os.dup2(words, 2)
+        os.close(words)
+        _be_rank(fd)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _be_nursery(fd: int) -> None:
+    """Import what every rank needs, then fork one for each request; no thread is started here before that."""
+    for module in _PRELOADED:
+        importlib.import_module(module)
+    me = os.getpid()
+    with socket.socket(fileno=fd) as channel:
+        while True:
+            data, fds, _, _ = socket.recv_fds(channel, _MESSAGE_BYTES, 1)
+            if not data:
+                return
+            kind, *rest = pickle.loads(data)
+            if kind == "fork":
+                answer: int | None = os.fork()
+                if answer == 0:
+                    channel.close()
+                    _be_forked_rank(fds[0], me, *rest)
+                os.close(fds[0])
+            else:
+                ended, status = os.waitpid(rest[0], os.WNOHANG)
+                answer = os.waitstatus_to_exitcode(status) if ended else None
+            channel.send(pickle.dumps(answer))
+
+
+if __name__ == "__main__":
+    _die_with(int(sys.argv[3]))
+    {"rank": _be_rank, "nursery": _be_nursery}[sys.argv[1]](int(sys.argv[2]))
