@@ -63,6 +63,11 @@ def test_a_truncated_file_is_named_with_its_bytes_and_the_one_before_is_taken_lo
     assert found is not None
     assert found.extra == {"step": 1}
     assert "passing over checkpoint" in caplog.text and file in caplog.text
+    with pytest.raises(checkpoint.DamagedError, match=f"{file}.*step-00000001 is complete: resume="):
+        checkpoint.load_resumable(tmp_path, str(tmp_path / "step-00000002"), model=model_at(0))
+    shutil.rmtree(tmp_path / "step-00000001")
+    with pytest.raises(checkpoint.DamagedError, match="There is no other complete checkpoint in"):
+        checkpoint.load_resumable(tmp_path, str(tmp_path / "step-00000002"), model=model_at(0))
 
 
 def _two(path: Path, peers: Any) -> Path:
@@ -376,14 +381,14 @@ def refused(path: Path, words: str) -> None:
 
 
 def measured(path: Path, words: str) -> None:
-    """`path` is refused with `words` in under a second and 100 MB; what other tests left on the heap is kept out."""
+    """`path` is refused with `words` in under a CPU second and 100 MB; what other tests left on the heap is out."""
     gc.freeze()
-    started = time.perf_counter()
+    started = time.process_time()
     if Path("/proc/self/clear_refs").exists():
         assert peak_rss_growth(lambda: refused(path, words)) < 100 << 20
     else:
         refused(path, words)
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
     gc.unfreeze()
 
 
@@ -473,11 +478,11 @@ def test_a_huge_model_claimed_by_a_small_checkpoint_allocates_nothing(two_ranks:
     rewrite(two_ranks / "manifest.json", claim)
     model = model_at(0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    started = time.perf_counter()
+    started = time.process_time()
 
     def attempt() -> None:
         with pytest.raises(CheckpointError, match=r"exp_avg"):
             checkpoint.load(two_ranks, model=model, optimizer=optimizer)
 
     assert peak_rss_growth(attempt) < 100 << 20
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0

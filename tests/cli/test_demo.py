@@ -64,7 +64,7 @@ def test_five_runs_have_one_hash_and_the_paper_s_volume(world: Worlds, tmp_path:
     values["schedule"] = {"warmup_steps": 2}
     config = tmp_path / "same.json"
     config.write_text(json.dumps(values))
-    rows = world(2).run(demo_cases.same, str(config), str(tmp_path / "same.jsonl"), timeout=120)[0]
+    rows = world(2).run(demo_cases.same, str(config), str(tmp_path / "same.jsonl"))[0]
     assert [row["name"] for row in rows] == ["stage 0", "stage 1", "stage 2", "stage 3", "plain torch"]
     assert len({row["sha256"] for row in rows}) == 1
     sent = [row["sent_bytes"] for row in rows]
@@ -122,7 +122,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
 def taught(world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A demo's folder with a task model of a few steps in it."""
     folder = tmp_path_factory.mktemp("taught")
-    world(2).run(demo_cases.teach, str(folder), timeout=120)
+    world(2).run(demo_cases.teach, str(folder))
     return folder
 
 

@@ -148,16 +148,16 @@ def test_wrong_usage(model, bare, tmp_path, capsys, arguments: list[str], words:
 def test_c9_stdin_and_a_reader_that_goes_away(model: str) -> None:
     environment = child_environment({"NO_COLOR": "1"})
     done = subprocess.run(
-        command(model, "--text", *QUICK), input=b"from a pipe\n", capture_output=True, env=environment, timeout=120
+        command(model, "--text", *QUICK), input=b"from a pipe\n", capture_output=True, env=environment, timeout=240
     )
     assert done.returncode == 0 and b"\x1b" not in done.stdout + done.stderr
-    bad = subprocess.run(command(model, *QUICK), input=b"\xff", capture_output=True, env=environment, timeout=120)
+    bad = subprocess.run(command(model, *QUICK), input=b"\xff", capture_output=True, env=environment, timeout=240)
     assert bad.returncode == 1 and b"stdin is not UTF-8: byte 0 is 0xff" in bad.stderr
     read_end, write_end = os.pipe()
     os.close(read_end)
     try:
         gone = subprocess.run(
-            command(model, "-p", "x", *QUICK), stdout=write_end, stderr=subprocess.PIPE, env=environment, timeout=120
+            command(model, "-p", "x", *QUICK), stdout=write_end, stderr=subprocess.PIPE, env=environment, timeout=240
         )
     finally:
         os.close(write_end)
@@ -198,6 +198,6 @@ def test_c13_ctrl_c_while_answering(model: str, tmp_path: Path) -> None:
     process.stdout.readline()
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, words = process.communicate(timeout=60)
+    _, words = process.communicate(timeout=240)
     assert process.returncode == 130, words.decode()
     assert b"Traceback" not in words

@@ -26,7 +26,7 @@ WITH_SOURCE = f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r}); from triv
 def trivium(*arguments: str, flags: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *flags, "-c", f"{WITH_SOURCE} main.main()", *arguments]
     extra = {"PYTHONWARNINGS": "", **environment}
-    return subprocess.run(command, env=child_environment(extra), capture_output=True, text=True, timeout=120, cwd=ROOT)
+    return subprocess.run(command, env=child_environment(extra), capture_output=True, text=True, timeout=240, cwd=ROOT)
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_help_lists_every_verb_that_is_there() -> None:
 def test_version_and_help_do_not_load_torch() -> None:
     program = f"{WITH_SOURCE} code = main.run(sys.argv[1:]); sys.exit(code + 50 * ('torch' in sys.modules))"
     for option in ("--version", "--help"):
-        done = subprocess.run([sys.executable, "-c", program, option], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", program, option], capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
     assert trivium("--version").stdout == f"trivium {__version__}\n"
     done = subprocess.run([sys.executable, "-m", "trivium", "--version"], env=child_environment(), capture_output=True)
@@ -157,7 +157,7 @@ def test_c9_width_40_and_no_colour(arguments: list[str]) -> None:
 def test_c9_letters_the_terminal_lacks(verb) -> None:
     program = f"{WITH_SOURCE} main._never_fail_on_a_letter(); print('2Ψ'); main._fail('3Ψ', 1)"
     environment = child_environment({"PYTHONIOENCODING": "ascii:strict"})
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stdout, done.stderr) == (0, "2?\n", "error: 3?\n")
 
 
@@ -167,7 +167,7 @@ def test_c9_the_reader_goes_away(arguments: list[str]) -> None:
     os.close(read_end)
     command = [sys.executable, "-c", f"{WITH_SOURCE} main.main()", *arguments]
     try:
-        done = subprocess.run(command, env=child_environment(), stdout=write_end, stderr=subprocess.PIPE, timeout=120)
+        done = subprocess.run(command, env=child_environment(), stdout=write_end, stderr=subprocess.PIPE, timeout=240)
     finally:
         os.close(write_end)
     assert done.stderr == b""
@@ -185,7 +185,7 @@ def test_c13_ctrl_c_leaves_no_trace(delay_s: float) -> None:
     process.stdout.readline()
     time.sleep(delay_s)
     process.send_signal(signal.SIGINT)
-    _, words = process.communicate(timeout=60)
+    _, words = process.communicate(timeout=240)
     assert process.returncode == 130, words.decode()
     assert b"Traceback" not in words
 

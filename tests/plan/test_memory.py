@@ -38,12 +38,12 @@ def test_the_paper_s_famous_figures() -> None:
 
 
 def test_rank_0_of_1024_holds_one_1024th_of_a_trillion() -> None:
-    started = time.monotonic()
+    started = time.process_time()
     inventory = inventory_of(preset("1t"), torch.bfloat16)
     plan = forecast(inventory, Setting(ranks=1024, dtype=torch.bfloat16), preset("1t"))
     assert f"{plan.memory.states / 1e9:.3g}" == "15.6"
     assert plan.memory.states == pytest.approx(16 * inventory.num_parameters / 1024, rel=1e-3)
-    assert time.monotonic() - started < 15
+    assert time.process_time() - started < 15
 
 
 def test_every_element_has_one_owner() -> None:

@@ -13,4 +13,4 @@ from tests.worlds import Worlds
 def test_an_adapter_on_a_sharded_base_in_pefts_own_files(world: Worlds, tmp_path: Path, stage: int) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
-    assert world(2).run("tests.zero.adapter_cases", "exported", str(tmp_path), stage, timeout=200) == [[], []]
+    assert world(2).run("tests.zero.adapter_cases", "exported", str(tmp_path), stage) == [[], []]

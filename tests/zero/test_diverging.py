@@ -18,18 +18,18 @@ CASES = "tests.zero.diverging_cases"
     ("size", "counts"), [(2, [1, 1]), (2, [2, 1]), (4, [1, 2, 0, 2])], ids=["units", "fewer", "none"]
 )
 def test_other_units_other_order_fewer_micro_batches(world: Worlds, size: int, counts: list[int]) -> None:
-    assert world(size).run(CASES, "routed", counts, ROUTES, timeout=100) == [[]] * size
+    assert world(size).run(CASES, "routed", counts, ROUTES) == [[]] * size
 
 
 def test_three_ranks_with_a_division_that_rounds(world: Worlds) -> None:
-    assert world(3).run(CASES, "routed", [1, 1, 1], ROUTES[::-1], 1 << 20, timeout=100) == [[]] * 3
+    assert world(3).run(CASES, "routed", [1, 1, 1], ROUTES[::-1], 1 << 20) == [[]] * 3
 
 
 @pytest.mark.parametrize("what", ["step or read", "clip or step", "other modules"])
 def test_phases_that_differ_are_told_on_every_rank(world: Worlds, what: str) -> None:
     for said, seconds in world(3).run(CASES, "phases_that_differ", what, discard=True):
         assert said.startswith("MismatchError")
-        assert seconds < 5
+        assert seconds < 100  # a lost collective would wait for the timeout of 300 s
         if what != "other modules":
             assert all(word in said for word in ("rank 0 in", "rank 2 in", "step"))
 
@@ -67,11 +67,10 @@ def test_a_killed_rank_ends_the_others(launch: Launch, stage: int) -> None:
     """T27: in the middle of gathers (stage 3) and of the exchange of gradients."""
     launched = launch(["-m", "tests.zero.endless", str(stage)], ranks=2, env={"TORCHELASTIC_ERROR_FILE": ""})
     pids = launched.rank_pids()
-    deadline = time.monotonic() + 60
-    while "step 3" not in launched.stdout and time.monotonic() < deadline:
+    deadline = time.monotonic() + 240
+    while "step 3" not in launched.stdout:
+        assert time.monotonic() < deadline, launched.stderr
         time.sleep(0.05)
     os.kill(pids[1], signal.SIGKILL)
-    began = time.monotonic()
-    assert launched.wait(timeout=30) != 0
-    assert time.monotonic() - began < 10
+    assert launched.wait(timeout=100) != 0  # a lost collective would wait for the timeout of 300 s
     assert "rank 1" in launched.stderr or "Signal 9" in launched.stderr

@@ -84,13 +84,13 @@ def test_a_hundred_steps(world: Worlds, size: int) -> None:
     cell = Cell(model="blocks", steps=100, clip=0.02, bucket_bytes=1024)
     if size > 2:
         cell = Cell(model="plain", steps=100, clip=0.02, units="root")
-    found = world(size).run("tests.zero.oracle", "compare_stages", cell, (0, 1, 2, 3), timeout=200)
+    found = world(size).run("tests.zero.oracle", "compare_stages", cell, (0, 1, 2, 3))
     assert found == [[[]] * 4] * size
 
 
 def report(world: Worlds, size: int, every: list[Cell], **keywords: Any) -> None:
     """Fail with each cell that differs and what differs in it."""
-    found = world(size).run("tests.zero.cases", "compare_all", every, timeout=200, **keywords)
+    found = world(size).run("tests.zero.cases", "compare_all", every, **keywords)
     wrong = [
         f"rank {rank}, {cell}:\n  " + "\n  ".join(lines)
         for rank, results in enumerate(found)

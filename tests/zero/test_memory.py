@@ -12,7 +12,7 @@ from trivium.zero.units import assign
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_states_equal_the_formula(world: Worlds, size: int) -> None:
-    for results in world(size).run("tests.zero.traffic_cases", "states", timeout=150):
+    for results in world(size).run("tests.zero.traffic_cases", "states"):
         for stage, result in enumerate(results):
             numel, padding, live = result["numel"], result["padding"], result["live"]
             held_gradients = result["peak"]["gradients"]
@@ -48,7 +48,7 @@ def test_buffers_at_any_vocabulary_and_in_several_dtypes(world: Worlds, vocabula
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_nothing_grows(world: Worlds, stage: int) -> None:
-    for resident, counted in world(2).run("tests.zero.traffic_cases", "growth", stage, timeout=100):
+    for resident, counted in world(2).run("tests.zero.traffic_cases", "growth", stage):
         assert counted == 0
         assert resident < 6 << 20
 

@@ -22,7 +22,7 @@ def test_every_class_of_torch_is_decided() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_bits_of_one_process(world: Worlds, size: int) -> None:
-    found = world(size).run("tests.zero.cases", "compare_optimizers", timeout=200)
+    found = world(size).run("tests.zero.cases", "compare_optimizers")
     assert [lines for results in found for lines in results if lines] == []
 
 
@@ -64,7 +64,7 @@ def test_state_dict_round_trip(world: Worlds) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_norm_is_free_of_order_and_close_to_fp64(world: Worlds, size: int) -> None:
-    results: list[list[tuple[Any, ...]]] = world(size).run("tests.zero.cases", "norms", timeout=100)
+    results: list[list[tuple[Any, ...]]] = world(size).run("tests.zero.cases", "norms")
     for across_stages in zip(*results, strict=True):
         assert len({bits for _, bits, _ in across_stages}) == 1
         assert all(error < 1e-6 for _, _, error in across_stages)

@@ -32,7 +32,7 @@ def test_autocast_gives_the_bits_of_one_process(world: Worlds, stage: int) -> No
 
 
 def test_compiled_blocks_whose_backward_is_compiled_too(world: Worlds) -> None:
-    assert world(2).run(CASES, "compiled_whole", 3, timeout=120) == [[], []]
+    assert world(2).run(CASES, "compiled_whole", 3) == [[], []]
 
 
 def test_models_that_differ_are_told_before_any_payload(world: Worlds) -> None:

@@ -18,7 +18,7 @@ HEADER_BYTES = 20 + 32
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_volume(world: Worlds, size: int) -> None:
-    for results in world(size).run("tests.zero.traffic_cases", "volume", timeout=150):
+    for results in world(size).run("tests.zero.traffic_cases", "volume"):
         for stage, result in enumerate(results):
             assert result["numel"] >= 10_000_000
             paper = (3 if stage == 3 else 2) * (size - 1) / size
@@ -72,7 +72,7 @@ def test_the_kernel_counts_the_same(size: int) -> None:
         env=child_environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("counted "))

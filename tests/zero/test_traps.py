@@ -38,7 +38,7 @@ def test_c_parameters_start_on_64_bytes(world: Worlds) -> None:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_d_hooks_are_invisible_to_compile(world: Worlds, stage: int) -> None:
-    for graphs, found in world(2).run(CASES, "compiled", stage, timeout=120):
+    for graphs, found in world(2).run(CASES, "compiled", stage):
         assert graphs == 1
         assert found == []
 
@@ -69,10 +69,10 @@ def test_h_ranks_that_differ_are_told_before_any_payload(world: Worlds, what: st
         "bucket": ["4096", "8192"],
         "units": ["0.weight", "1.weight"],
     }[what]
-    for said, seconds, healthy in world(3).run(CASES, "models_that_differ", what):
+    for said, seconds in world(3).run(CASES, "models_that_differ", what):
         assert said.startswith("MismatchError")
         assert all(word in said for word in [*words, "rank 0", "rank 2"])
-        assert seconds < max(5, 20 * healthy)  # both from the moment when all ranks were ready, on the same machine
+        assert seconds < 100  # a lost collective would wait for the timeout of 300 s
 
 
 def test_i_minus_zero_survives(world: Worlds) -> None:

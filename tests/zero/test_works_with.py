@@ -71,4 +71,4 @@ def test_transformers(world: Worlds, kind: str, adapted: bool) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
     for stage in (2, 3):
-        assert world(2).run(CASES, "hugging_face", kind, adapted, stage, timeout=150) == [[], []]
+        assert world(2).run(CASES, "hugging_face", kind, adapted, stage) == [[], []]
