@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from trivium.base.errors import ConfigError, SetupError
-from trivium.bench.inference import InferenceBench, Worker, _summary, read_limit, run
-from trivium.bench.inference_table import table, targets
+from trivium.base.errors import ConfigError
+from trivium.bench import inference_process
+from trivium.bench.inference import InferenceBench, read_limit, run, summary
+from trivium.bench.inference_process import ContestantDied, Worker
+from trivium.bench.inference_table import lines, table, targets
 from trivium.cli.output import data_console
 
 
@@ -19,7 +22,9 @@ def test_a_whole_run(capsys: pytest.CaptureFixture[str]) -> None:
     bench = InferenceBench(
         shape="tiny", rounds=2, steps=2, threads=1, batches=(1, 3), context=9, prefill=20, contestants=names
     )
-    report = run(bench, "the command", said.append)
+    kept: list[dict[str, Any]] = []
+    report = run(bench, "the command", said.append, kept.append)
+    assert [len(one["rounds"]) for one in kept] == [2, 2]  # the same list, told of after every round
     assert set(report["summary"]) == set(names)
     for entries in report["summary"].values():
         assert set(entries) == {"decode 1", "decode 3", "prefill 20"}
@@ -41,7 +46,11 @@ def report_of(ours: float, theirs: float) -> dict[str, Any]:
             "seconds": {"trivium int8": {"decode 1": ours}, "llama.cpp Q8_0": {"decode 1": theirs}},
         }
     ]
-    return {"rounds": rounds, "summary": _summary(rounds, {"trivium int8": 10**9, "llama.cpp Q8_0": 10**9})}
+    return {
+        "shape": {"name": "0.5b"},
+        "rounds": rounds,
+        "summary": summary(rounds, {"trivium int8": 10**9, "llama.cpp Q8_0": 10**9}),
+    }
 
 
 def test_targets_tell_ratios_and_shares() -> None:
@@ -68,9 +77,73 @@ def test_refusals(arguments: dict[str, Any], message: str) -> None:
         InferenceBench(**arguments)
 
 
-def test_a_contestant_that_dies_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SetupError, match="trivium int8: its process ended"):
-        Worker("trivium int8", tmp_path / "nowhere", InferenceBench(shape="tiny"))
+def test_a_contestant_that_cannot_load_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ContestantDied, match=r"trivium int8: its process ended with code 1 while loading.*nowhere"):
+        Worker("trivium int8", tmp_path / "nowhere", 1)
+
+
+DYING = """
+import os, signal, sys
+from trivium.bench.inference_worker import serve
+
+class Dying:
+    step_bytes = 1000
+
+    def __init__(self, folder, form, threads, way):
+        if form == "BF16":
+            raise ImportError(name="some_library")
+        self.way = way
+
+    def decode(self, batch, context, steps):
+        return [0.5] * steps
+
+    def prefill(self, tokens):
+        if self.way != "plain":
+            print("the last words", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if tokens == 21:
+            sys.exit(3)
+        return 2.0
+
+serve(Dying)
+"""
+
+
+def dying(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prefill: int) -> dict[str, Any]:
+    (tmp_path / "dying_contestant.py").write_text(DYING)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setitem(inference_process.MODULES, "llama.cpp", "dying_contestant")
+    monkeypatch.setattr("trivium.bench.inference.write_folder", lambda shape, folder: 1000)
+    monkeypatch.setattr("trivium.bench.inference.read_limit", lambda threads: 10.0)
+    names = ("llama.cpp BF16", "llama.cpp Q8_0")
+    bench = InferenceBench(shape="tiny", rounds=2, batches=(1,), prefill=prefill, contestants=names)
+    return run(bench, "the command", lambda words: None)
+
+
+def test_who_dies_by_a_signal_runs_the_second_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    report = dying(monkeypatch, tmp_path, 20)
+    assert report["rounds"][0]["seconds"] == {"llama.cpp Q8_0": {"decode 1": 0.5, "prefill 20": 2.0}}
+    assert report["rounds"][1]["seconds"] == report["rounds"][0]["seconds"]
+    assert lines(report) == [
+        "no figures, or not all: llama.cpp BF16: not installed (some_library): pip install 'trivium[bench]'",
+        "llama.cpp Q8_0: its process was ended by SIGSEGV while prefill 20; it last said: the last words; "
+        "it runs without what died there (plain)",
+    ]
+
+
+def test_who_dies_again_keeps_what_it_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    report = dying(monkeypatch, tmp_path, 21)
+    assert [r["seconds"] for r in report["rounds"]] == [{"llama.cpp Q8_0": {"decode 1": 0.5}}, {}]
+    assert "ended with code 3 while prefill 21" in report["absent"]["llama.cpp Q8_0"]
+    assert report["summary"]["llama.cpp Q8_0"]["decode 1"]["tokens_per_s"] == 2.0
+
+
+def test_a_contestant_without_an_answer_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "silent_contestant.py").write_text("import time; time.sleep(1000)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setitem(inference_process.MODULES, "llama.cpp", "silent_contestant")
+    with pytest.raises(ContestantDied, match=r"SIGKILL .no answer within 0 s"):
+        Worker("llama.cpp Q8_0", tmp_path, 1, limit_s=0.3)
 
 
 def test_the_read_limit_is_a_rate() -> None:

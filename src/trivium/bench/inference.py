@@ -1,15 +1,14 @@
-"""Generation side by side: decode and prefill of Trivium, transformers and llama.cpp on the same weights, interleaved.
+"""Generation side by side: decode and prefill of Trivium and its rivals on the same weights, interleaved.
 
 DeepSpeed Inference section 3.1: generation is bound by the weights' bytes, so each figure stands beside the share of
-the memory's read limit, measured in the same round. Every contestant is a process of its own, idle while others run.
+the memory's read limit, measured in the same round. Every contestant is a process of its own, idle while others run;
+one that dies is named with its last words, and what it had measured stays.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,39 +16,49 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
-from trivium.base.errors import ConfigError, SetupError
+from trivium.base.errors import ConfigError
+from trivium.bench.inference_process import SECOND_WAYS, ContestantDied, Worker
 from trivium.bench.inference_shapes import SHAPES, write_folder
 from trivium.bench.machine import describe
 from trivium.kernels import registry
 
-CONTESTANTS = (
-    "trivium bfloat16",
-    "trivium int8",
-    "trivium int4",
-    "trivium float32",
-    "transformers float32",
-    "transformers bfloat16",
-    "llama.cpp BF16",
-    "llama.cpp Q8_0",
-    "llama.cpp Q4_0",
-)
-DEFAULT = tuple(name for name in CONTESTANTS if name != "trivium float32")
+# Contestants, and bytes per parameter while they are loaded.
+CONTESTANTS: dict[str, float] = {
+    "trivium bfloat16": 2.0,
+    "trivium int8": 1.1,
+    "trivium int4": 0.7,
+    "trivium float32": 4.0,
+    "transformers float32": 4.0,
+    "transformers bfloat16": 2.0,
+    "llama.cpp BF16": 2.0,
+    "llama.cpp Q8_0": 2.2,
+    "llama.cpp Q4_0": 1.2,
+    "OpenVINO int8": 1.5,
+    "OpenVINO int4": 1.0,
+}
+SPARE_BYTES = 2 << 30  # what a process takes beside its weights, with room for loading them
 
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceBench:
-    """What runs: a shape, contestants, rounds, and per round ``steps`` decode steps of each batch and one prefill."""
+    """What runs: a shape, contestants, and per round ``steps`` decode steps of each batch and one prefill.
+
+    ``context``: tokens that all sequences of a batch hold together, at least 8 each. No round begins that would not
+    end within ``budget_s`` seconds of the start, except the first.
+    """
 
     shape: str = "0.5b"
-    contestants: tuple[str, ...] = DEFAULT
+    contestants: tuple[str, ...] = tuple(CONTESTANTS)
     rounds: int = 5
-    steps: int = 8
+    steps: int = 6
     threads: int = 2
     batches: tuple[int, ...] = (1, 16)
     context: int = 64
     prefill: int = 512
+    budget_s: float = 330.0
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
@@ -60,67 +69,141 @@ class InferenceBench:
         if min(self.rounds, self.steps, self.threads, self.context, self.prefill, *self.batches) < 1:
             raise ConfigError("rounds, steps, threads, batches, context and prefill must be at least 1")
 
+    def context_of(self, batch: int) -> int:
+        """Tokens that each of ``batch`` sequences holds before the measured steps."""
+        return max(8, self.context // batch)
 
-def run(bench: InferenceBench, command: str, say: Callable[[str], None]) -> dict[str, Any]:
+
+def run(
+    bench: InferenceBench,
+    command: str,
+    say: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None] = lambda report: None,
+) -> dict[str, Any]:
     """The report: per contestant and round the seconds of a decode step per batch and of a prefill; medians and shares.
 
-    Raises:
-        ConfigError: an unknown shape or contestant.
-        SetupError: a contestant's process died; its last words are told.
+    ``keep`` is handed the report so far after every round.
     """
-    machine = describe("cpu")
+    started = time.monotonic()
+    machine = {**describe("cpu"), "kernels": registry.explain()}
+    rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="trivium-bench-") as folder:
         say(f"{bench.shape}: writing random weights")
-        write_folder(bench.shape, Path(folder))
+        parameters = write_folder(bench.shape, Path(folder))
         say(registry.explain())
-        workers = {}
+        field = Field(bench, Path(folder), parameters, say)
         try:
-            for name in bench.contestants:
-                workers[name] = Worker(name, Path(folder), bench)
-                say(f"{name}: {workers[name].ready.get('error') or 'ready'}")
-            live = {name: worker for name, worker in workers.items() if "error" not in worker.ready}
-            rounds = [_round(bench, live, number, say) for number in range(bench.rounds)]
+            while len(rounds) < bench.rounds:
+                begun, loading = time.monotonic(), field.loading_s
+                rounds.append(_round(bench, field, len(rounds), say))
+                report = {
+                    "command": command,
+                    "machine": {**machine, "load_after": round(os.getloadavg()[0], 2)},
+                    "shape": {"name": bench.shape, **SHAPES[bench.shape], "parameters": parameters},
+                    "threads": bench.threads,
+                    "context": {str(batch): bench.context_of(batch) for batch in bench.batches},
+                    "prefill": bench.prefill,
+                    **field.report(),
+                    "read_limit_gb_per_s": statistics.median(r["read_limit_gb_per_s"] for r in rounds),
+                    "rounds": rounds,
+                    "summary": summary(rounds, field.step_bytes),
+                    "seconds": round(time.monotonic() - started),
+                }
+                keep(report)
+                another = time.monotonic() - begun - (field.loading_s - loading)
+                if time.monotonic() - started + another > bench.budget_s and len(rounds) < bench.rounds:
+                    say(f"{len(rounds)} of {bench.rounds} rounds fit into {bench.budget_s:.0f} s")
+                    break
         finally:
-            for worker in workers.values():
-                worker.close()
-    return {
-        "command": command,
-        "machine": {**machine, "kernels": registry.explain()},
-        "shape": {"name": bench.shape, **SHAPES[bench.shape]},
-        "threads": bench.threads,
-        "context": bench.context,
-        "prefill": bench.prefill,
-        "absent": {name: w.ready["error"] for name, w in workers.items() if "error" in w.ready},
-        "step_bytes": {name: w.ready["step_bytes"] for name, w in live.items()},
-        "read_limit_gb_per_s": statistics.median(r["read_limit_gb_per_s"] for r in rounds),
-        "rounds": rounds,
-        "summary": _summary(rounds, {name: worker.ready["step_bytes"] for name, worker in live.items()}),
-    }
+            field.close()
+    return report
 
 
-def _round(
-    bench: InferenceBench, workers: dict[str, Worker], number: int, say: Callable[[str], None]
-) -> dict[str, Any]:
+class Field:
+    """The contestants: those that memory can hold stay loaded between rounds, the largest come anew for each turn."""
+
+    def __init__(self, bench: InferenceBench, folder: Path, parameters: int, say: Callable[[str], None]) -> None:
+        self._bench, self._folder, self._say = bench, folder, say
+        self._need = {name: int(CONTESTANTS[name] * parameters) + SPARE_BYTES for name in bench.contestants}
+        self._loaded: dict[str, Worker] = {}
+        self._ways: dict[str, str] = {}
+        self._notes: dict[str, str] = {}
+        self._absent: dict[str, str] = {}
+        self.step_bytes: dict[str, int] = {}
+        self.loading_s = 0.0
+
+    def report(self) -> dict[str, Any]:
+        """Who is absent and why, what else is to be known, and bytes per step."""
+        return {"absent": self._absent, "notes": self._notes, "step_bytes": self.step_bytes}
+
+    def turn(self, name: str, questions: dict[str, dict[str, Any]]) -> dict[str, float]:
+        """Seconds per workload, as far as the contestant lives to tell."""
+        found: dict[str, float] = {}
+        while name not in self._absent and len(found) < len(questions):
+            try:
+                worker = self._load(name)
+                for workload, question in questions.items():
+                    if workload not in found:
+                        found[workload] = worker.ask(question)["seconds"]
+            except ContestantDied as error:
+                self._loaded.pop(name, None)
+                way = SECOND_WAYS.get(name.partition(" ")[0], "")
+                if error.signalled and way and name not in self._ways:
+                    self._ways[name] = way
+                    self._notes[name] = f"{error}; it runs without what died there ({way})"
+                else:
+                    self._absent[name] = str(error)
+                self._say(str(error))
+            except NotImplementedError as error:
+                self._absent[name] = f"{name}: {error}"
+                self._say(self._absent[name])
+        return found
+
+    def _load(self, name: str) -> Worker:
+        if name in self._loaded:
+            return self._loaded[name]
+        while self._loaded and psutil.virtual_memory().available < self._need[name]:
+            self._loaded.pop(max(self._loaded, key=lambda other: self._need[other])).close()
+        begun = time.monotonic()
+        worker = Worker(name, self._folder, self._bench.threads, way=self._ways.get(name, ""))
+        taken = time.monotonic() - begun
+        self.loading_s += taken
+        if "error" in worker.ready:
+            worker.close()
+            raise NotImplementedError(worker.ready["error"])
+        self._loaded[name] = worker
+        self.step_bytes[name] = worker.ready["step_bytes"]
+        self._say(f"{name}: loaded in {taken:.0f} s")
+        return worker
+
+    def close(self) -> None:
+        """End all of them."""
+        for worker in self._loaded.values():
+            worker.close()
+
+
+def _round(bench: InferenceBench, field: Field, number: int, say: Callable[[str], None]) -> dict[str, Any]:
     found: dict[str, Any] = {"read_limit_gb_per_s": read_limit(bench.threads), "seconds": {}}
-    for name, worker in workers.items():
-        times = {}
-        for batch in bench.batches:
-            asked = {"do": "decode", "batch": batch, "context": bench.context, "steps": bench.steps}
-            times[f"decode {batch}"] = worker.ask(asked)["seconds"]
-        times[f"prefill {bench.prefill}"] = worker.ask({"do": "prefill", "tokens": bench.prefill})["seconds"]
-        found["seconds"][name] = times
+    questions: dict[str, dict[str, Any]] = {
+        f"decode {batch}": {"do": "decode", "batch": batch, "context": bench.context_of(batch), "steps": bench.steps}
+        for batch in bench.batches
+    }
+    questions[f"prefill {bench.prefill}"] = {"do": "prefill", "tokens": bench.prefill}
+    for name in bench.contestants:
+        if times := field.turn(name, questions):
+            found["seconds"][name] = times
     say(f"round {number + 1} of {bench.rounds}: read limit {found['read_limit_gb_per_s']:.1f} GB/s")
     return found
 
 
 def read_limit(threads: int, size_bytes: int = 512 << 20) -> float:
-    """GB/s at which ``threads`` threads read memory that no cache holds: the best of three."""
+    """GB/s at which ``threads`` threads read memory that no cache holds: the best of five."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         data = torch.zeros(size_bytes // 8, dtype=torch.int64)
         times = []
-        for _ in range(3):
+        for _ in range(5):
             start = time.perf_counter()
             data.sum()
             times.append(time.perf_counter() - start)
@@ -129,72 +212,19 @@ def read_limit(threads: int, size_bytes: int = 512 << 20) -> float:
     return size_bytes / min(times) / 1e9
 
 
-def _summary(rounds: list[dict[str, Any]], step_bytes: dict[str, int]) -> dict[str, Any]:
+def summary(rounds: list[dict[str, Any]], step_bytes: dict[str, int]) -> dict[str, Any]:
     """Per contestant and workload: median seconds, tokens/s, and for decoding alone the share of the read limit."""
-    summary: dict[str, Any] = {}
-    for name, times in rounds[0]["seconds"].items():
-        summary[name] = {}
-        for workload in times:
-            count = workload.partition(" ")[2]
-            values = [r["seconds"][name][workload] for r in rounds]
-            entry = {"seconds": statistics.median(values), "tokens_per_s": int(count) / statistics.median(values)}
+    made: dict[str, Any] = {}
+    for name in dict.fromkeys(name for r in rounds for name in r["seconds"]):
+        made[name] = {}
+        own = [r for r in rounds if name in r["seconds"]]
+        for workload in dict.fromkeys(workload for r in own for workload in r["seconds"][name]):
+            told = [r for r in own if workload in r["seconds"][name]]
+            middle = statistics.median(r["seconds"][name][workload] for r in told)
+            entry = {"seconds": middle, "tokens_per_s": int(workload.partition(" ")[2]) / middle}
             if workload == "decode 1":
-                shares = [
-                    step_bytes[name] / value / 1e9 / r["read_limit_gb_per_s"]
-                    for value, r in zip(values, rounds, strict=True)
-                ]
-                entry["share_of_read_limit"] = statistics.median(shares)
-            summary[name][workload] = entry
-    return summary
-
-
-class Worker:
-    """One contestant in a process of its own, which answers one line of JSON per line of JSON."""
-
-    def __init__(self, name: str, folder: Path, bench: InferenceBench) -> None:
-        self.name = name
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
-        contestant, _, form = name.partition(" ")
-        module = {
-            "trivium": "trivium.bench.inference_ours",
-            "transformers": "trivium.bench.peers.inference_transformers",
-            "llama.cpp": "trivium.bench.peers.inference_llama_cpp",
-        }[contestant]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module, str(folder), form, str(bench.threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
-        self.ready = self._read()
-
-    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """One workload; waits for its answer."""
-        if self._process.stdin is not None:
-            self._process.stdin.write(json.dumps(question) + "\n")
-            self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        line = self._process.stdout.readline() if self._process.stdout is not None else ""
-        if not line:
-            self._errors.seek(0)
-            words = self._errors.read().decode(errors="replace").strip().splitlines()
-            self.close()
-            raise SetupError(f"{self.name}: its process ended: {words[-1] if words else 'without a word'}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        """End it."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
-        self._errors.close()
+                entry["share_of_read_limit"] = statistics.median(
+                    step_bytes[name] / r["seconds"][name][workload] / 1e9 / r["read_limit_gb_per_s"] for r in told
+                )
+            made[name][workload] = entry
+    return made

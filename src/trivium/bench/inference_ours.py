@@ -31,7 +31,7 @@ def step_bytes(program: Program) -> int:
 class Ours:
     """An `LLM` driven step by step."""
 
-    def __init__(self, folder: str, form: str, threads: int) -> None:
+    def __init__(self, folder: str, form: str, threads: int, way: str) -> None:
         quantised = form in ("int8", "int4")
         self._llm = LLM(
             folder,

@@ -63,8 +63,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_folder(shape: str, folder: Path) -> None:
-    """config.json and one bf16 safetensors file, the weights random.
+def write_folder(shape: str, folder: Path) -> int:
+    """config.json and one bf16 safetensors file, the weights random; returns their number.
 
     Raises:
         SetupError: transformers, which makes them, is not installed.
@@ -83,3 +83,4 @@ def write_folder(shape: str, folder: Path) -> None:
     finally:
         torch.set_default_dtype(before)
     model.to(torch.bfloat16).save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())

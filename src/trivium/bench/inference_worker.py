@@ -21,13 +21,13 @@ class Contestant(Protocol):
         """Seconds until a prompt's next token is known."""
 
 
-def serve(make: Callable[[str, str, int], Contestant]) -> None:
-    """Build the contestant from the arguments (folder, form, threads), then answer until standard input ends."""
-    folder, form, threads = sys.argv[1:4]
+def serve(make: Callable[[str, str, int, str], Contestant]) -> None:
+    """Build the contestant from the arguments (folder, form, threads, way), then answer until standard input ends."""
+    folder, form, threads, way = sys.argv[1:5]
     answers = sys.stdout
     sys.stdout = sys.stderr  # libraries may print
     try:
-        contestant = make(folder, form, int(threads))
+        contestant = make(folder, form, int(threads), way)
     except ImportError as error:
         _say(answers, {"error": f"not installed ({error.name}): pip install 'trivium[bench]'"})
         return

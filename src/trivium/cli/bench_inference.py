@@ -1,10 +1,10 @@
-"""``trivium bench inference``: decode and prefill beside transformers and llama.cpp, on the same weights."""
+"""``trivium bench inference``: decode and prefill beside transformers, llama.cpp and OpenVINO, on the same weights."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,30 +15,67 @@ from trivium.cli.output import data_console, print_json, word_console
 
 def inference(
     shape: Annotated[str, typer.Option(help="0.5b, 1.1b, gpt2 (128M) or moe (64 experts, 8 chosen).")] = "0.5b",
-    rounds: Annotated[int, typer.Option(help="Rounds in which every contestant has its turn.")] = 5,
-    steps: Annotated[int, typer.Option(help="Decode steps per contestant, batch and round.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Rounds in which every contestant has its turn, at most.")] = 5,
+    minutes: Annotated[float, typer.Option(help="No round begins that would end later; the first always runs.")] = 5.5,
+    steps: Annotated[int, typer.Option(help="Decode steps per contestant, batch and round.")] = 6,
     threads: Annotated[int, typer.Option(help="Threads of every contestant.")] = 2,
-    contestants: Annotated[str | None, typer.Option(help="Comma-separated; default: all but trivium float32.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report; - for stdout.")] = None,
+    contestants: Annotated[str | None, typer.Option(help="Comma-separated; default: all.")] = None,
+    perplexity: Annotated[
+        Path | None, typer.Option(help="Instead: this model's perplexity on --text in every number format.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="With --perplexity: a text file.")] = None,
+    tokens: Annotated[int, typer.Option(help="With --perplexity: so many of the text's tokens.")] = 8192,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the report, after every round; - for stdout.")
+    ] = None,
 ) -> None:
     """Times are compared within a round only; the read limit of the memory is measured in every round."""
     log.setup()
-    from trivium.bench.inference import DEFAULT, InferenceBench, run
-    from trivium.bench.inference_table import table, targets
+    from trivium.bench.inference import CONTESTANTS, InferenceBench, run
+    from trivium.bench.inference_table import lines, table
 
-    names = DEFAULT if contestants is None else tuple(name.strip() for name in contestants.split(","))
     if json_file is not None and not json_file.parent.is_dir():
         raise ConfigError(f"{json_file}: the folder {json_file.parent} does not exist")
-    command = f"trivium bench inference --shape {shape} --rounds {rounds} --steps {steps} --threads {threads}"
-    command += f' --contestants "{contestants}"' if contestants else ""
-    bench = InferenceBench(shape=shape, rounds=rounds, steps=steps, threads=threads, contestants=names)
-    report = run(bench, command, word_console().print)
+    if perplexity is not None or text is not None:
+        _perplexity(perplexity, text, tokens, threads, json_file)
+        return
+    names = tuple(CONTESTANTS) if contestants is None else tuple(name.strip() for name in contestants.split(","))
+    command = f"trivium bench inference --shape {shape} --rounds {rounds} --minutes {minutes:g} --steps {steps}"
+    command += f" --threads {threads}" + (f' --contestants "{contestants}"' if contestants else "")
+    bench = InferenceBench(
+        shape=shape, rounds=rounds, steps=steps, threads=threads, contestants=names, budget_s=60 * minutes
+    )
+
+    def keep(report: dict[str, Any]) -> None:
+        if json_file is not None and str(json_file) != "-":
+            fresh = json_file.with_suffix(".partial")
+            fresh.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+            fresh.replace(json_file)
+
+    report = run(bench, command, word_console().print, keep)
+    if str(json_file) == "-":
+        print_json(report)
+        return
+    data = data_console()
+    data.print(table(report))
+    for line in lines(report):
+        data.print(line, soft_wrap=True)
+
+
+def _perplexity(folder: Path | None, text: Path | None, tokens: int, threads: int, json_file: Path | None) -> None:
+    from trivium.bench.inference_perplexity import lines, run
+
+    if folder is None or text is None:
+        raise ConfigError("--perplexity FOLDER and --text FILE go together")
+    for path in (folder, text):
+        if not path.exists():
+            raise ConfigError(f"{path} does not exist")
+    command = f"trivium bench inference --perplexity {folder} --text {text} --tokens {tokens} --threads {threads}"
+    report = run(folder, text, tokens, threads, command, word_console().print)
     if str(json_file) == "-":
         print_json(report)
         return
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    data = data_console()
-    data.print(table(report))
-    for line in targets(report):
-        data.print(line)
+    for line in lines(report):
+        data_console().print(line, soft_wrap=True)

@@ -31,6 +31,7 @@ ACTIVATION_GROUP = 128
 PANEL = 64
 GROUPS = {"int8": (0, 32, 64, 128), "int4": (32, 64, 128)}
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SEARCHED = 1 << 16  # weights whose int4 scales are searched at once
 _PADDING = {"float32": 1, "float16": 1, "bfloat16": 32, "int8": 64, "int4": 64}
 
 
@@ -162,27 +163,36 @@ def _int4(weight: torch.Tensor, group: int) -> Matrix:
     """Symmetric: the scale per group, out of a few around largest / −8, with the least squared error."""
     rows, columns = weight.shape
     grouped = _grouped(weight, group)
-    at = grouped.abs().argmax(dim=2, keepdim=True)
-    extreme = grouped.gather(2, at)[:, :, 0]
-    best_scale = _storable(extreme / -8.0)
-    best_error = torch.full_like(extreme, float("inf"))
-    dtype = best_scale.dtype
-    for steps in (8.0, 7.6, 7.2, 6.9, 8.4, -7.0, -7.5, -8.0):
-        scale = (extreme / -steps).to(dtype)
-        quants = _nearest(grouped, scale)
-        # The scale that fits these integers best, by least squares.
-        norm = quants.square().sum(dim=2)
-        fitted = torch.where(norm > 0, (quants * grouped).sum(dim=2) / norm.clamp(min=1.0), 0.0).to(dtype)
-        error = (grouped - quants * fitted.float()[:, :, None]).square_().sum(dim=2)
-        better = error < best_error
-        best_scale = torch.where(better, fitted, best_scale)
-        best_error = torch.where(better, error, best_error)
-    quants = _nearest(grouped, best_scale).add_(8).to(torch.uint8)
+    dtype = _storable(grouped.abs().amax(dim=2) / 8.0).dtype
+    # A few rows at a time: what the search makes on its way then stays in the caches.
+    pieces = [
+        _int4_rows(piece, dtype) for piece in torch.split(grouped, max(1, _SEARCHED // (grouped.shape[1] * group)))
+    ]
+    quants = torch.cat([quants for quants, _ in pieces])
     data = quants.flatten(1)[:, : columns + columns % 2]
     if data.shape[1] % 2:
         data = torch.nn.functional.pad(data, (0, 1), value=8)
     data = (data[:, 0::2] | (data[:, 1::2] << 4)).contiguous()
-    return Matrix(format="int4", layout="plain", rows=rows, columns=columns, data=data, group=group, scales=best_scale)
+    scales = torch.cat([scales for _, scales in pieces])
+    return Matrix(format="int4", layout="plain", rows=rows, columns=columns, data=data, group=group, scales=scales)
+
+
+def _int4_rows(grouped: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 quants + 8 of [rows, groups, group], and their scales [rows, groups]."""
+    at = grouped.abs().argmax(dim=2, keepdim=True)
+    extreme = grouped.gather(2, at)[:, :, 0]
+    best_scale = (extreme / -8.0).to(dtype)
+    best_error = torch.full_like(extreme, float("inf"))
+    for steps in (8.0, 7.6, 7.2, 6.9, 8.4, -7.0, -7.5, -8.0):
+        quants = _nearest(grouped, (extreme / -steps).to(dtype))
+        # The scale that fits these integers best, by least squares; of the error only what candidates differ in.
+        norm, met = (quants * quants).sum(dim=2), quants.mul_(grouped).sum(dim=2)
+        fitted = torch.where(norm > 0, met / norm.clamp(min=1.0), 0.0).to(dtype)
+        error = (fitted.float() * norm - 2.0 * met) * fitted
+        better = error < best_error
+        best_scale = torch.where(better, fitted, best_scale)
+        best_error = torch.where(better, error, best_error)
+    return _nearest(grouped, best_scale).add_(8).to(torch.uint8), best_scale
 
 
 def _nearest(grouped: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -79,18 +79,23 @@ def write_gguf(folder: Path, form: str, path: Path) -> int:
 
 
 class LlamaCpp:
-    """A context of llama.cpp with room for 16 sequences."""
+    """A context of llama.cpp with room for 16 sequences. ``way`` "plain": without its own layouts of the weights."""
 
-    def __init__(self, folder: str, form: str, threads: int) -> None:
+    def __init__(self, folder: str, form: str, threads: int, way: str) -> None:
         import llama_cpp
 
         path = Path(folder) / f"model-{form}.gguf"
-        self.step_bytes = write_gguf(Path(folder), form, path)
+        known = path.with_suffix(".bytes")
+        if not known.exists():
+            known.write_text(str(write_gguf(Path(folder), form, path)))
+        self.step_bytes = int(known.read_text())
         self._lib: Any = llama_cpp
         self._silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
         llama_cpp.llama_log_set(self._silent, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        settings = llama_cpp.llama_model_default_params()
+        settings.use_extra_bufts = way != "plain"
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
         if not self._model:
             raise RuntimeError(f"llama.cpp does not load {path}")
         params = llama_cpp.llama_context_default_params()

@@ -12,7 +12,7 @@ from trivium.bench.inference_worker import serve
 class Transformers:
     """A model of transformers in one dtype."""
 
-    def __init__(self, folder: str, form: str, threads: int) -> None:
+    def __init__(self, folder: str, form: str, threads: int, way: str) -> None:
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(threads)
