@@ -70,7 +70,8 @@ def _perplexity(folder: Path | None, text: Path | None, tokens: int, threads: in
     for path in (folder, text):
         if not path.exists():
             raise ConfigError(f"{path} does not exist")
-    command = f"trivium bench inference --perplexity {folder} --text {text} --tokens {tokens} --threads {threads}"
+    command = f"trivium bench inference --perplexity {folder.name} --text {text.name}"
+    command += f" --tokens {tokens} --threads {threads}"
     report = run(folder, text, tokens, threads, command, word_console().print)
     if str(json_file) == "-":
         print_json(report)
