@@ -6,9 +6,9 @@ DeepSpeed-MoE section 5.4: changes of layout of cost T·K·C, with the gate's we
 What a chain of autograd operations would keep for backward (gathered rows, activations, outputs before they are
 weighed) is made again in backward from what is cheap to keep: the input and the inner pre-activations. One expert's
 rows fit a core's cache, so gathering them twice costs less than writing all of them once. The weight is applied to the
-inner rows, and its gradient is the product of an inner row with the gradient that reaches it, so that the outputs of
-single experts are never needed. The rows of one expert come from different input rows, so adding them up in place
-never meets twice, and experts follow each other in order: the same bits every time, on any device.
+narrow rows, [n, C]; its gradient is the product of an inner row with the gradient that reaches it, so that the outputs
+of single experts are not needed again. The rows of one expert come from different input rows, so adding them up in
+place never meets twice, and experts follow each other in order: the same bits every time, on any device.
 
 N input rows, R choices sorted by expert, C model width, F inner width; n choices of the expert at hand.
 """
@@ -42,8 +42,8 @@ class Form(ABC):
 
     @staticmethod
     @abstractmethod
-    def out(hidden_nF: torch.Tensor, weights_n1: torch.Tensor | None, params: Tensors, out_nC: torch.Tensor) -> None:
-        """The last projection of activations that are weighed already."""
+    def out(hidden_nF: torch.Tensor, params: Tensors, out_nC: torch.Tensor) -> None:
+        """The last projection."""
 
     @staticmethod
     @abstractmethod
@@ -62,14 +62,8 @@ class Form(ABC):
 
     @staticmethod
     @abstractmethod
-    def grads(
-        grads_inner: Tensors,
-        x_nC: torch.Tensor,
-        grad_nC: torch.Tensor,
-        weights_n1: torch.Tensor | None,
-        last_CF: torch.Tensor,
-    ) -> Tensors:
-        """Gradients of an expert's parameters; ``last_CF`` is that of `last`, ``grad_nC`` the output's unweighed."""
+    def grads(grads_inner: Tensors, x_nC: torch.Tensor, grad_nC: torch.Tensor, last_CF: torch.Tensor) -> Tensors:
+        """Gradients of an expert's parameters; ``last_CF`` is that of `last`, ``grad_nC`` the output's, weighed."""
 
 
 class SwiGLU(Form):
@@ -85,7 +79,7 @@ class SwiGLU(Form):
         torch.ops.aten.silu.out(inner[0], out=hidden_nF).mul_(inner[1])
 
     @staticmethod
-    def out(hidden_nF: torch.Tensor, weights_n1: torch.Tensor | None, params: Tensors, out_nC: torch.Tensor) -> None:
+    def out(hidden_nF: torch.Tensor, params: Tensors, out_nC: torch.Tensor) -> None:
         """One projection."""
         torch.mm(hidden_nF, params[2].t(), out=out_nC)
 
@@ -104,13 +98,7 @@ class SwiGLU(Form):
         return grad_nF, slope_nF
 
     @staticmethod
-    def grads(
-        grads_inner: Tensors,
-        x_nC: torch.Tensor,
-        grad_nC: torch.Tensor,
-        weights_n1: torch.Tensor | None,
-        last_CF: torch.Tensor,
-    ) -> Tensors:
+    def grads(grads_inner: Tensors, x_nC: torch.Tensor, grad_nC: torch.Tensor, last_CF: torch.Tensor) -> Tensors:
         """Of gate, up, down."""
         return grads_inner[0].t().mm(x_nC), grads_inner[1].t().mm(x_nC), last_CF
 
@@ -127,12 +115,9 @@ class GELU(Form):
         torch.ops.aten.gelu.out(inner[0], out=hidden_nF)
 
     @staticmethod
-    def out(hidden_nF: torch.Tensor, weights_n1: torch.Tensor | None, params: Tensors, out_nC: torch.Tensor) -> None:
-        """One projection; the bias is weighed here."""
-        if weights_n1 is None:
-            torch.addmm(params[3], hidden_nF, params[2].t(), out=out_nC)
-        else:
-            torch.mm(hidden_nF, params[2].t(), out=out_nC).addr_(weights_n1.view(-1), params[3])
+    def out(hidden_nF: torch.Tensor, params: Tensors, out_nC: torch.Tensor) -> None:
+        """One projection."""
+        torch.addmm(params[3], hidden_nF, params[2].t(), out=out_nC)
 
     @staticmethod
     def recall(inner: Tensors, hidden_nF: torch.Tensor, slope_nF: torch.Tensor) -> None:
@@ -146,17 +131,10 @@ class GELU(Form):
         return (slope_nF,)
 
     @staticmethod
-    def grads(
-        grads_inner: Tensors,
-        x_nC: torch.Tensor,
-        grad_nC: torch.Tensor,
-        weights_n1: torch.Tensor | None,
-        last_CF: torch.Tensor,
-    ) -> Tensors:
+    def grads(grads_inner: Tensors, x_nC: torch.Tensor, grad_nC: torch.Tensor, last_CF: torch.Tensor) -> Tensors:
         """Of up, its bias, down, its bias."""
         up_nF = grads_inner[0]
-        bias_C = grad_nC.sum(0) if weights_n1 is None else grad_nC.t().mv(weights_n1.view(-1))
-        return up_nF.t().mm(x_nC), up_nF.sum(0), last_CF, bias_C
+        return up_nF.t().mm(x_nC), up_nF.sum(0), last_CF, grad_nC.sum(0)
 
 
 class ExpertPass(torch.autograd.Function):
@@ -185,9 +163,9 @@ class ExpertPass(torch.autograd.Function):
             held_nC, hidden_nF = scratch_C[: len(rows)], scratch_F[: len(rows)]
             torch.index_select(x_NC, 0, rows, out=held_nC)
             form.forward(held_nC, mine, inner, hidden_nF)
+            form.out(hidden_nF, mine, held_nC)
             if weights_n1 is not None:
-                hidden_nF.mul_(weights_n1)
-            form.out(hidden_nF, weights_n1, mine, held_nC)
+                held_nC.mul_(weights_n1)
             out_NC.index_add_(0, rows, held_nC)
         ctx.save_for_backward(x_NC, weights_R, rows_R, *inner_RF, *params)
         ctx.counts, ctx.form = counts, form
@@ -216,14 +194,14 @@ class ExpertPass(torch.autograd.Function):
                 torch.linalg.vecdot(hidden_nF, grad_nF, out=part_n)
                 if form is GELU:
                     part_n.addmv_(grad_nC, mine[3])
-                hidden_nF.mul_(weights_n1)
+                grad_nC.mul_(weights_n1)
                 grad_nF.mul_(weights_n1)
             wanted = wants_params[len(grads) : len(grads) + form.num_params]
             last_CF = grad_nC.t().mm(hidden_nF) if any(wanted) else None
             grads_inner = form.back(inner, grad_nF, slope_nF)
             if last_CF is not None:
                 torch.index_select(x_NC, 0, rows, out=x_nC)
-                made = form.grads(grads_inner, x_nC, grad_nC, weights_n1, last_CF)
+                made = form.grads(grads_inner, x_nC, grad_nC, last_CF)
                 grads += [one if want else None for one, want in zip(made, wanted, strict=True)]
             else:
                 grads += [None] * form.num_params
