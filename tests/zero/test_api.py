@@ -48,7 +48,8 @@ def test_a_full_state_has_exactly_the_bare_modules_keys(world: Any, stage: int) 
 
 @pytest.mark.parametrize(
     "options",
-    [{"reduce": "foo"}, {"reduce_dtype": "bf16"}, {"gradient_dtype": "x"}, {"loss_scale": "static"},
+    [{"reduce": "foo"}, {"reduce_dtype": "parameter", "gradient_dtype": "float32"},
+     {"reduce_dtype": "bf16"}, {"gradient_dtype": "x"}, {"loss_scale": "static"},
      {"bucket_bytes": "1MB"}, {"prefetch": True}, {"shard_size": 1.5}],
 )  # fmt: skip
 def test_values_that_mean_nothing_are_refused_by_name(options: dict[str, Any]) -> None:

@@ -78,6 +78,14 @@ def _candidates(folder: Path, policy: str) -> list[Path]:
     return found
 
 
+def _beside(damaged: Path) -> str:
+    """What to take instead of a damaged checkpoint."""
+    others = [path for path in _complete(damaged.parent) if path.name != damaged.name]
+    if not others:
+        return f"There is no other complete checkpoint in {damaged.parent}"
+    return f"{others[0]} is complete: resume={others[0]} goes on from there"
+
+
 def resume(folder: str | Path, policy: str = "auto") -> Path | None:
     """Which checkpoint a run in ``folder`` goes on from.
 
@@ -123,7 +131,7 @@ def load_resumable(
             extra = load(name, model=model, optimizer=optimizer, mesh=peers, strict=strict)
         except DamagedError as error:
             if policy not in ("auto", "must"):
-                raise
+                raise DamagedError(f"{error}. {_beside(Path(name))}") from error
             failures.append(str(error))
             log.get().warning("checkpoint %s cannot be used, trying the one before: %s", name, error)
             continue

@@ -79,6 +79,11 @@ class ZeroConfig:
         for name in ("bucket_bytes", "prefetch", *(("shard_size",) if self.shard_size is not None else ())):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
                 raise ConfigError(f"zero.{name}={getattr(self, name)!r}: expected a whole number")
+        if self.reduce_dtype == "parameter" and self.gradient_dtype == "float32":
+            raise ConfigError(
+                "zero.reduce_dtype='parameter' adds in 16 bits, zero.gradient_dtype='float32' keeps sums in fp32: "
+                "leave one of them out"
+            )
         if isinstance(self.loss_scale, str) and self.loss_scale not in ("auto", "dynamic"):
             raise ConfigError(f"zero.loss_scale={self.loss_scale!r}: expected a positive number, 'auto' or 'dynamic'")
         if self.bucket_bytes < 1024:
