@@ -143,6 +143,9 @@ def test_validation_reads_everything_once_and_keeps_ranks_in_step(size: int) -> 
         for batch in validation_batches(corpus_of(), sequence=8, batch_size=5, rank=r, size=size, limit=3)
     ]
     assert sorted(batch.number for batch in limited if batch.num_tokens) == [0, 1, 2]
+    whole = -(-max(index for batch in batches for index in batch.sequences if batch.num_tokens) // 5)
+    read = sorted(batch.sequences[0] // 5 for batch in limited if batch.num_tokens)
+    assert read == [0, whole // 3, 2 * whole // 3] and read[1] > 1  # not the beginning alone
 
 
 def corpus_expected() -> list[int]:

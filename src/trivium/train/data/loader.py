@@ -150,13 +150,15 @@ def validation_batches(
     """Every sequence once, in order, dealt to the ranks batch by batch; all ranks get equally many batches.
 
     A batch beyond the last repeats sequence 0 with no targets (``num_tokens`` 0), so that ranks stay in step. ``limit``
-    bounds the number of batches over all ranks.
+    bounds the number of batches over all ranks: as many are taken at equal distances over the whole corpus, whose
+    beginning alone may be a single document.
     """
     packer = Packer(corpus, min(sequence, max(corpus.num_tokens, 2)), vocabulary=vocabulary)
-    total = -(-len(packer) // batch_size)
-    total = total if limit is None else min(total, limit)
+    whole = -(-len(packer) // batch_size)
+    total = whole if limit is None else min(whole, limit)
     for number in range(rank, -(-total // size) * size, size):
-        sequences = tuple(range(number * batch_size, (number + 1) * batch_size))
+        place = number * whole // total
+        sequences = tuple(range(place * batch_size, (place + 1) * batch_size))
         rows = [packer[index] if index < len(packer) and number < total else _silent(packer[0]) for index in sequences]
         yield _stack(rows, number, sequences)
 
