@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,15 @@ def test_rivals_layers_are_ours(name: str) -> None:
     rivals = Rivals(SHAPE)
     ours, theirs = rivals.step(rivals.layer("trivium")), rivals.step(rivals.layer(name))
     assert ours.norm() > 0 and torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6 * float(ours.abs().max()))
+
+
+def test_a_skewed_router_fills_the_first_experts() -> None:
+    rivals = Rivals(replace(SHAPE, skew=2.0))
+    load = rivals.load()
+    assert sum(load) == 100 and load[0] > 30 > 12 > load[-1]
+    ours, theirs = rivals.step(rivals.layer("trivium")), rivals.step(rivals.layer("grouped"))
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6 * float(ours.abs().max()))
+    assert max(Rivals(SHAPE).load()) < 30
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")

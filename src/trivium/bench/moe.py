@@ -25,6 +25,7 @@ SHAPES = (
     Shape(experts=64, top_k=8, dim=512, ffn_dim=256, tokens=1024),
     Shape(experts=8, top_k=2, dim=512, ffn_dim=2048, tokens=1024),
 )
+SKEWED = (Shape(experts=8, top_k=2, dim=512, ffn_dim=2048, tokens=1024, skew=2.0),)
 MOVED = (
     Shape(experts=32, top_k=1, dim=512, ffn_dim=1, tokens=1024),
     Shape(experts=64, top_k=8, dim=512, ffn_dim=1, tokens=1024),
@@ -82,13 +83,14 @@ def run(bench: MoEBench, command: str, say: Callable[[str], None]) -> dict[str, 
 
 def _layer(bench: MoEBench, targets: list[dict[str, Any]], say: Callable[[str], None]) -> list[dict[str, Any]]:
     found = []
-    for shape in SHAPES:
+    for shape in (*SHAPES, *SKEWED):
         say(f"layer: {_told(shape)}, forward and backward of {', '.join(LAYERS)} and of bare matrix products")
         (one,) = _launch(bench, 1, "layers", shape=asdict(shape), contestants=LAYERS)
         turns = _turns(one["times"], "trivium")
         share = turns["products"]["ratio"]["median"]
-        found.append({"shape": asdict(shape), "contestants": turns, "apart": one["apart"], "products_share": share})
-        for name, least in _LAYER_TARGETS.items():
+        made = {"shape": asdict(shape), "load": one["load"], "contestants": turns, "apart": one["apart"]}
+        found.append({**made, "products_share": share})
+        for name, least in _LAYER_TARGETS.items() if shape in SHAPES else ():
             targets.append(_judge(f"layer {_told(shape)}", f"{name} ÷ trivium", turns[name], least))
     return found
 
@@ -195,7 +197,8 @@ def _judge(what: str, of: str, one: Mapping[str, Any], at_least: float) -> dict[
 
 def _told(shape: Shape) -> str:
     inner = f", ffn {shape.ffn_dim}" if shape.ffn_dim > 1 else ""
-    return f"E={shape.experts} k={shape.top_k} hidden {shape.dim}{inner}, {shape.tokens} tokens"
+    skew = f", Zipf {shape.skew:g}" if shape.skew else ""
+    return f"E={shape.experts} k={shape.top_k} hidden {shape.dim}{inner}, {shape.tokens} tokens{skew}"
 
 
 def lines(report: Mapping[str, Any]) -> Sequence[str]:

@@ -26,13 +26,14 @@ INIT_STD = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Of one layer and its batch."""
+    """Of one layer and its batch. ``skew``: the router favours experts by Zipf's law of this exponent; 0: none."""
 
     experts: int
     top_k: int
     dim: int
     ffn_dim: int
     tokens: int
+    skew: float = 0.0
 
     @property
     def flops(self) -> int:
@@ -49,6 +50,9 @@ class Rivals:
         self.x_TC = torch.randn(shape.tokens, shape.dim, generator=draw)
         self.grad_TC = torch.randn(shape.tokens, shape.dim, generator=draw)
         self.router_EC = torch.randn(shape.experts, shape.dim, generator=draw) * INIT_STD
+        if shape.skew:  # one feature that every row has alike moves an expert's logit by the logarithm of its share
+            self.x_TC[:, 0] = 1.0
+            self.router_EC[:, 0] = -shape.skew * torch.arange(1, shape.experts + 1).log()
 
     def layer(self, name: str) -> nn.Module:
         """A drop-free layer [T, C] → [T, C]: ``trivium``, ``grouped``, ``eager`` or ``deepspeed``."""
@@ -78,6 +82,11 @@ class Rivals:
         with torch.no_grad():
             gate.weight.copy_(self.router_EC)
         return Mover(gate, CapacityConfig(factor=capacity_factor), dense=name == "einsum")
+
+    def load(self) -> list[int]:
+        """Choices of each expert."""
+        load: torch.Tensor = self.layer("trivium").inner(self.x_TC)[1].load  # type: ignore[operator]
+        return [int(count) for count in load]
 
     def products(self) -> Callable[[], None]:
         """The experts' matrix products alone, forward and backward, into buffers that are there already."""

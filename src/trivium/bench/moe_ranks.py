@@ -44,7 +44,7 @@ def layers(mesh: Mesh, request: dict[str, Any]) -> dict[str, Any]:
         for name, layer in made.items()
     }
     steps["products"] = lambda step: products()
-    return {"times": _turns(mesh, steps, request), "apart": apart}
+    return {"times": _turns(mesh, steps, request), "apart": apart, "load": rivals.load()}
 
 
 def movers(mesh: Mesh, request: dict[str, Any]) -> dict[str, Any]:
