@@ -1,0 +1,42 @@
+"""What ``make`` says on a machine that lacks something, in a folder whose name has a space."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.worlds import ROOT
+
+WITHOUT = {
+    "venv": ('case "$2" in *ensurepip*) exit 1;; esac', "has no venv. Install it"),
+    "3.10": (
+        '[ "$1" = --version ] && echo Python 3.9.1 && exit\ncase "$2" in *version_info*) exit 1;; esac',
+        "is Python 3.9.1; Trivium needs Python 3.10 or newer",
+    ),
+    "python": ("exit 127", "Install Python 3.10 or newer"),
+}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+@pytest.mark.parametrize("target", ["demo", "test"])
+@pytest.mark.parametrize("missing", WITHOUT)
+def test_what_is_missing_is_told_with_what_to_install(tmp_path: Path, target: str, missing: str) -> None:
+    folder = tmp_path / "a folder"
+    for name in ("pyproject.toml", "constraints.txt", "setup.py", "src/trivium/kernels/build.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    shutil.copy(ROOT / "Makefile", folder)
+    lines, words = WITHOUT[missing]
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\n{lines}\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    outside = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", target, "PYTHON=./python"]
+    done = subprocess.run(command, cwd=folder, env=outside, capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0 and words in done.stderr, done.stderr
+    assert not (folder / ".venv").exists()
