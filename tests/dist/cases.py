@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import trivium as tv
 from trivium.base.errors import ConfigError, MismatchError, RankError, SetupError
 from trivium.dist.mesh import Mesh
+from trivium.dist.nearby import meet
 
 
 def moves(mesh: Any) -> dict[str, Any]:
@@ -47,6 +48,31 @@ def moves(mesh: Any) -> dict[str, Any]:
         "calls": sent.calls,
         "after": inner.calls,
     }
+
+
+def near_and_far(mesh: Any) -> dict[str, Any]:
+    """An all-gather and an exchange with all ranks as neighbours, with only those of a pair, and with none."""
+    size, rank, timeout_s = mesh.size, mesh.rank, 60.0
+    found: dict[str, Any] = {"values": [], "bytes": []}
+    for name in ("near", "some", "none"):
+        made = Mesh(rank=rank, size=size, device=torch.device("cpu"))
+        comm = made.comm("dp")
+        pids = {other: pid for other, pid in enumerate(comm.all_gather_json(os.getpid())) if other != rank}
+        if name == "some":
+            pids = {other: pid for other, pid in pids.items() if other // 2 == rank // 2}
+        made.link.nearby = meet(rank, pids if name != "none" else {}, comm.all_gather_json, timeout_s)
+        found[name] = sorted(made.link.nearby.ranks)
+        gathered, received = torch.empty(3 * size), torch.full((size, 5), -1.0)
+        with made.ledger() as sent:
+            first = comm.all_gather(gathered, torch.full((3,), float(rank)), "forward")
+            send = torch.arange(float(size))[:, None].expand(size, 5).contiguous() + 100 * rank
+            second = comm.exchange(received, send, "backward")
+            for handle in (second, first) if rank % 2 else (first, second):
+                handle.wait()
+        found["values"].append((gathered.tolist(), received.tolist()))
+        found["bytes"].append(sent.bytes)
+        made.link.nearby.close()
+    return found
 
 
 def shard_in_place(mesh: Any) -> list[float]:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from trivium.base.errors import MismatchError, RankError
 from trivium.dist.ledger import Books
+from trivium.dist.nearby import Nearby, Ticket, channel_of, meet
 from trivium.dist.watch import Seat, Watch, own_seat
 
 Reduce = Literal["ordered", "native"]
@@ -45,11 +46,22 @@ class Link:
         self._comms: list[Comm] = []
         self._num_models = 0
         self._watch = Watch(())
+        self.nearby: Nearby | None = None
 
-    def watch(self, comm: Comm) -> None:
-        """Learn where each rank of ``comm`` runs, to name those that are gone when a collective fails. Collective."""
-        seat = own_seat()
-        self._watch = Watch([Seat(*told) for told in comm.all_gather_json([seat.host, seat.pid, seat.space])])
+    def watch(self, world: Comm, timeout_s: float, *, nearby: bool) -> None:
+        """Learn where each rank runs, to name those that are gone when a collective fails. Collective.
+
+        ``nearby``: exchange rows with the ranks of this host from memory to memory, where the kernel permits it.
+        """
+        mine = own_seat()
+        seats = [Seat(*told) for told in world.all_gather_json([mine.host, mine.pid, mine.space])]
+        self._watch = Watch(seats)
+        beside = {
+            rank: seat.pid
+            for rank, seat in enumerate(seats)
+            if nearby and mine.space and seat.space == mine.space and rank != world.rank
+        }
+        self.nearby = meet(world.rank, beside, world.all_gather_json, timeout_s)
 
     def lost(self, what: str, error: RuntimeError) -> RankError:
         """The error for a collective that failed because of a peer."""
@@ -69,6 +81,8 @@ class Link:
         """Let go of every group, which ends its threads: one that outlives the interpreter aborts the process."""
         for comm in self._comms:
             comm.group = None
+        if self.nearby is not None:
+            self.nearby.close()
 
     def ready_at(self) -> float:
         """When a collective issued now may be called done: links carry one delayed message after another."""
@@ -83,7 +97,7 @@ class Handle:
 
     def __init__(
         self,
-        works: Sequence[dist.Work | None],
+        works: Sequence[dist.Work | Ticket | None],
         link: Link,
         what: str,
         ready_at_s: float,
@@ -136,6 +150,7 @@ class Comm:
         self.link = link
         link.join(self)
         self._device = torch.device("cpu") if on_cpu else link.device
+        self._channel = 0 if group is None else channel_of(group.group_name)
 
     @property
     def default_reduce(self) -> Reduce:
@@ -314,15 +329,30 @@ class Comm:
 
     def _send_rows(
         self, send: Sequence[torch.Tensor], receive: Sequence[torch.Tensor], what: str
-    ) -> list[dist.Work | None]:
+    ) -> list[dist.Work | Ticket | None]:
         """Start sending ``send[r]`` to rank r and receiving ``receive[r]`` from it, for every other rank."""
-        works: list[dist.Work | None] = []
+        works: list[dist.Work | Ticket | None] = []
+        nearby, near = self.link.nearby, frozenset[int]()
+        if nearby is not None and nearby.ranks:
+            near = nearby.ranks
+            ticket = nearby.begin()
+            works.append(ticket)
+            for step in range(1, self.size):
+                target = (self.rank + step) % self.size
+                if self.ranks[target] in near:
+                    nearby.give(ticket, self.ranks[target], self._channel, send[target])
+            for step in range(1, self.size):
+                source = (self.rank - step) % self.size
+                if self.ranks[source] in near:
+                    nearby.expect(ticket, self.ranks[source], self._channel, receive[source])
         for step in range(1, self.size):
             source = (self.rank - step) % self.size
-            works.append(self._start(what, dist.irecv, receive[source], self.ranks[source], asynchronous=False))
+            if self.ranks[source] not in near:
+                works.append(self._start(what, dist.irecv, receive[source], self.ranks[source], asynchronous=False))
         for step in range(1, self.size):
             target = (self.rank + step) % self.size
-            works.append(self._start(what, dist.isend, send[target], self.ranks[target], asynchronous=False))
+            if self.ranks[target] not in near:
+                works.append(self._start(what, dist.isend, send[target], self.ranks[target], asynchronous=False))
         return works
 
     def _start(self, what: str, call: Any, *args: Any, asynchronous: bool = True) -> dist.Work | None:

@@ -83,16 +83,19 @@ def init(
     device: str = "auto",
     timeout_s: float = 300.0,
     delay_s: float = 0.0,
+    nearby: bool = False,
 ) -> Mesh:
     """Join the other ranks and arrange them. Collective; keeps no global of its own.
 
     Creates torch's default process group, or reuses the one that is there. ``device`` is ``auto`` (CUDA where there is
     one, otherwise the CPU), ``cpu`` or ``cuda``. ``delay_s`` is added to every collective, to measure what is hidden.
+    ``nearby``: on the CPU, ranks of one host read each other's memory where the kernel permits it, instead of sending
+    over loopback; the network's counters then see none of it. Off unless asked for.
     A collective that waits longer than ``timeout_s`` for a peer raises RankError, on every axis.
     Raises SetupError when the environment is half set or rank 0 cannot be reached, ConfigError on impossible degrees.
     """
     if device_mesh is not None:
-        return _adopt(device_mesh, delay_s, timeout_s)
+        return _adopt(device_mesh, delay_s, timeout_s, nearby)
     world = read_world()
     place = _device(device, world.local_rank)
     if not dist.is_initialized():
@@ -108,7 +111,7 @@ def init(
         delay_s=delay_s,
         timeout_s=timeout_s,
     )
-    mesh.link.watch(mesh.comm("world"))
+    mesh.link.watch(mesh.comm("world"), timeout_s, nearby=nearby)
     atexit.register(mesh.link.close)  # runs before shutdown: the last registered goes first
     return mesh
 
@@ -130,7 +133,7 @@ def world_comm() -> Comm:
     return Comm("world", range(dist.get_world_size()), dist.get_rank(), dist.group.WORLD, link)
 
 
-def _adopt(device_mesh: DeviceMesh, delay_s: float, timeout_s: float) -> Mesh:
+def _adopt(device_mesh: DeviceMesh, delay_s: float, timeout_s: float, nearby: bool) -> Mesh:
     names = device_mesh.mesh_dim_names
     if names is None:
         raise ConfigError("device_mesh has no dimension names: name them from pp, dp, ep, tp")
@@ -154,7 +157,7 @@ def _adopt(device_mesh: DeviceMesh, delay_s: float, timeout_s: float) -> Mesh:
         delay_s=delay_s,
         timeout_s=timeout_s,
     )
-    mesh.link.watch(mesh.comm("world"))
+    mesh.link.watch(mesh.comm("world"), timeout_s, nearby=nearby)
     atexit.register(mesh.link.close)
     return mesh
 

@@ -1,0 +1,136 @@
+"""Rows between ranks of one host: read from memory to memory, in order, with an error where something is wrong."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.worlds import Worlds
+from trivium.base.errors import MismatchError
+from trivium.dist.nearby import Nearby, Reader, channel_of
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory of other processes is read on Linux only")
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Nearby, Nearby]]:
+    """Ranks 0 and 1 in one process, each the other's neighbour."""
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    both = tuple(Nearby({1 - rank: os.getpid()}, {1 - rank: end}, Reader(), 5.0) for rank, end in enumerate(ends))
+    yield both[0], both[1]
+    for one in both:
+        one.close()
+
+
+def test_rows_arrive_in_the_order_of_their_channel(pair: tuple[Nearby, Nearby]) -> None:
+    zero, one = pair
+    given = [torch.full((1000,), float(number)) for number in range(4)]
+    found = [torch.empty(1000) for _ in range(4)]
+    sent = [zero.begin() for _ in given]
+    for number in (2, 0, 3, 1):  # two on each of the channels 0 and 1, those of one channel in turn
+        zero.give(sent[number], 1, number // 2, given[number])
+    tickets = [one.begin() for _ in found]
+    for number in (0, 1, 2, 3):
+        one.expect(tickets[number], 0, number // 2, found[number])
+    for ticket in (*reversed(tickets), *sent):
+        ticket.wait()
+        ticket.wait()
+    assert [row.unique().tolist() for row in found] == [[0.0], [1.0], [2.0], [3.0]]
+
+
+def test_a_row_may_be_expected_before_it_is_given_and_be_empty(pair: tuple[Nearby, Nearby]) -> None:
+    zero, one = pair
+    for numel in (0, 3, 1 << 20):
+        found, expecting, giving = torch.empty(numel), one.begin(), zero.begin()
+        one.expect(expecting, 0, 7, found)
+        assert expecting.pending == [0]
+        zero.give(giving, 1, 7, torch.arange(float(numel)))
+        expecting.wait()
+        giving.wait()
+        assert torch.equal(found, torch.arange(float(numel)))
+
+
+def test_rows_of_other_lengths_are_an_error_on_both_sides_and_the_next_arrive(pair: tuple[Nearby, Nearby]) -> None:
+    zero, one = pair
+    expecting, giving = one.begin(), zero.begin()
+    one.expect(expecting, 0, 7, torch.empty(3))
+    zero.give(giving, 1, 7, torch.empty(5))
+    with pytest.raises(MismatchError, match="rank 0 came with 20 bytes where 12 were expected"):
+        expecting.wait()
+    with pytest.raises(MismatchError, match="rank 1 came with 12 bytes where 20 were expected"):
+        giving.wait()
+    again, giving = one.begin(), zero.begin()
+    found = torch.empty(3)
+    zero.give(giving, 1, 7, torch.ones(3))
+    one.expect(again, 0, 7, found)
+    again.wait()
+    giving.wait()
+    assert found.tolist() == [1.0] * 3
+
+
+def test_a_peer_that_is_gone_ends_the_wait(pair: tuple[Nearby, Nearby]) -> None:
+    zero, one = pair
+    expecting, giving = one.begin(), one.begin()
+    one.expect(expecting, 0, 7, torch.empty(3))
+    one.give(giving, 0, 7, torch.empty(3))
+    threading.Timer(0.2, zero.close).start()
+    for ticket in (expecting, giving):
+        with pytest.raises(RuntimeError, match="rank 0 closed its connection"):
+            ticket.wait()
+    late = one.begin()
+    one.give(late, 0, 7, torch.empty(3))
+    with pytest.raises(RuntimeError, match="rank 0 closed"):
+        late.wait()
+
+
+def test_a_silent_peer_is_waited_for_so_long_only() -> None:
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    one = Nearby({0: os.getpid()}, {0: ends[0]}, Reader(), 0.1)
+    ticket = one.begin()
+    one.expect(ticket, 0, 7, torch.empty(3))
+    with pytest.raises(RuntimeError, match=r"timed out after 0\.1 s"):
+        ticket.wait()
+    one.close()
+    ends[1].close()
+
+
+def test_memory_that_cannot_be_read_is_told_on_both_sides() -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    zero = Nearby({1: os.getpid()}, {1: ends[0]}, Reader(), 5.0)
+    one = Nearby({0: child.pid}, {0: ends[1]}, Reader(), 5.0)
+    expecting, giving = one.begin(), zero.begin()
+    one.expect(expecting, 0, 7, torch.empty(3))
+    zero.give(giving, 1, 7, torch.empty(3))
+    with pytest.raises(RuntimeError, match="the memory of rank 0 cannot be read"):
+        expecting.wait()
+    with pytest.raises(RuntimeError, match="rank 1 could not read"):
+        giving.wait()
+    one.close()
+    zero.close()
+
+
+def test_names_of_channels_are_told_apart() -> None:
+    assert len({channel_of(str(number)) for number in range(1000)}) == 1000
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_near_and_far_ranks_move_the_same(world: Worlds, size: int) -> None:
+    """Every pair of neighbours, only some of them, and none: the rest goes through gloo, the ledger counts the same."""
+    for rank, found in enumerate(world(size).run("tests.dist.cases", "near_and_far")):
+        assert found["near"] == sorted(set(range(size)) - {rank})
+        assert found["some"] == sorted(other for other in found["near"] if other // 2 == rank // 2)
+        assert found["none"] == []
+        gathered, received = found["values"][0]
+        assert gathered == [float(other) for other in range(size) for _ in range(3)]
+        assert received == [[100.0 * other + rank if other != rank else -1.0] * 5 for other in range(size)]
+        assert found["values"] == [found["values"][0]] * 3
+        assert found["bytes"] == [(size - 1) * (3 + 5) * 4] * 3
