@@ -93,7 +93,7 @@ def test_rows_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         row, loads = asyncio.run(_through(small.concurrency(server, asked, texts, rate)))
         assert kept(row)["texts that differ from generate's"]
         assert [load["ok"] for load in loads] == [2, 8, 16]
-        row, load = asyncio.run(_through(small.overload(server, asked, 1.0)))
+        row, load = asyncio.run(_through(small.overload(server, asked, 1.0, 64)))
         assert kept(row)["failed"] and kept(row)["longest queue"]
         assert sum(row.also["by_second"]["answered"]) == load["ok"]
         row = asyncio.run(_through(small.cancels(server, asked, 64)))

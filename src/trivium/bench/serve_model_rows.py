@@ -18,6 +18,7 @@ from trivium.bench.serve_row import Row
 from trivium.inference import LLM, SamplingParams
 
 LOADS = ((1, 24), (16, 128), (64, 256))  # requests under way, and how many in all
+_PLACES = 64  # what `trivium serve` computes at once; who is admitted beyond waits
 _WARM = 10_000_000  # prompts that no measured load uses
 
 
@@ -79,18 +80,23 @@ async def concurrency(
     return row, loads
 
 
-async def overload(server: ServerProcess, work: Target, seconds: float) -> tuple[Row, dict[str, Any]]:
-    """Four times as many arrivals as can be answered; also as a load, and second by second."""
+async def overload(
+    server: ServerProcess, work: Target, seconds: float, peak_requests: int = 192
+) -> tuple[Row, dict[str, Any]]:
+    """Four times as many arrivals as can be answered; also as a load, and second by second.
+
+    ``peak_requests``, 64 of them under way, show how many can be.
+    """
     row = Row(name="4× overload", about=f"{seconds:g} s of random arrivals at four times the highest rate of answers")
     baseline = await closed_loop(work, 1, 8, first=_WARM + 100)
     begun = time.perf_counter()
-    full = await closed_loop(work, 64, 192, first=_WARM + 200)
+    full = await closed_loop(work, 64, peak_requests, first=_WARM + 200)
     peak = len(full) / (time.perf_counter() - begun)
     held: list[int] = []
 
     async def look() -> None:
         _, status = await get(server.url, "/status")
-        held.append(status["waiting"])
+        held.append(max(status["running"] + status["waiting"] - _PLACES, 0))
 
     looking = asyncio.ensure_future(watched(look, 0.2))
     begun = time.perf_counter()
@@ -139,7 +145,7 @@ async def cancels(server: ServerProcess, work: Target, count: int = 1000) -> Row
         for _ in range(number):
             await leave(server, raw, draw.random() * 0.1)
 
-    await asyncio.gather(*(some(8) for _ in range(32)))
+    await asyncio.gather(*(some(count // 128 + 1) for _ in range(32)))
     await idle(server, 10)
     free = await gauge(server, "trivium_kv_cache_blocks_free")
     freed = []
