@@ -72,9 +72,10 @@ def test_a_model_that_cannot_chat(tmp_path: Path, capsys, monkeypatch) -> None:
         assert f"{words}, so it cannot chat; try: trivium generate" in capsys.readouterr().err
 
 
-def wait_for(master: int, words: bytes, seconds: float = 60) -> bytes:
-    shown, deadline = b"", time.monotonic() + seconds
-    while words not in shown:
+def wait_for(master: int, words: bytes, *, last: bool = False) -> bytes:
+    """What is shown until ``words`` are in it, or with ``last`` end it."""
+    shown, deadline = b"", time.monotonic() + 240
+    while not (shown.endswith(words) if last else words in shown):
         assert time.monotonic() < deadline, shown
         if select.select([master], [], [], 0.1)[0]:
             shown += os.read(master, 4096)
@@ -89,21 +90,20 @@ def test_ctrl_c_stops_the_answer_and_twice_leaves(model: str) -> None:
     )  # fmt: skip
     os.close(slave)
     try:
-        wait_for(master, b"> ")
+        wait_for(master, b"> ", last=True)
         os.write(master, b"hello\n")
         wait_for(master, b"hello\r\n")
-        time.sleep(0.3)
+        assert select.select([master], [], [], 240)[0]  # the answer has begun
         process.send_signal(signal.SIGINT)
-        shown = wait_for(master, b"> ")
+        shown = wait_for(master, b"> ", last=True)
         assert b"(stopped)" in shown or b"tokens/s" in shown
         os.write(master, b"/help\n")
-        assert b"/save FILE" in wait_for(master, b"Ctrl-C stops an answer.")
-        time.sleep(0.2)
+        shown = wait_for(master, b"\n> ", last=True)
+        assert b"/save FILE" in shown and b"Ctrl-C stops an answer." in shown
         process.send_signal(signal.SIGINT)
-        wait_for(master, b"to leave)")
-        time.sleep(0.2)
+        assert b"to leave)" in wait_for(master, b"\n> ", last=True)
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(240) == 130
     finally:
         process.kill()
         os.close(master)
