@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,15 +111,21 @@ serve(Dying)
 """
 
 
-def dying(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prefill: int) -> dict[str, Any]:
+def dying(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    prefill: int,
+    names: tuple[str, ...] = ("llama.cpp BF16", "llama.cpp Q8_0"),
+    say: Callable[[str], None] = lambda words: None,
+    budget_s: float = 300.0,
+) -> dict[str, Any]:
     (tmp_path / "dying_contestant.py").write_text(DYING)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setitem(inference_process.MODULES, "llama.cpp", "dying_contestant")
     monkeypatch.setattr("trivium.bench.inference.write_folder", lambda shape, folder: 1000)
     monkeypatch.setattr("trivium.bench.inference.read_limit", lambda threads: 10.0)
-    names = ("llama.cpp BF16", "llama.cpp Q8_0")
-    bench = InferenceBench(shape="tiny", rounds=2, batches=(1,), prefill=prefill, contestants=names)
-    return run(bench, "the command", lambda words: None)
+    bench = InferenceBench(shape="tiny", rounds=2, batches=(1,), prefill=prefill, contestants=names, budget_s=budget_s)
+    return run(bench, "the command", say)
 
 
 def test_who_dies_by_a_signal_runs_the_second_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -136,6 +144,21 @@ def test_who_dies_again_keeps_what_it_had(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert [r["seconds"] for r in report["rounds"]] == [{"llama.cpp Q8_0": {"decode 1": 0.5}}, {}]
     assert "ended with code 3 while prefill 21" in report["absent"]["llama.cpp Q8_0"]
     assert report["summary"]["llama.cpp Q8_0"]["decode 1"]["tokens_per_s"] == 2.0
+
+
+def test_those_that_memory_cannot_hold_together_come_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("trivium.bench.inference.psutil.virtual_memory", lambda: SimpleNamespace(available=0, total=1))
+    said: list[str] = []
+    report = dying(monkeypatch, tmp_path, 20, ("llama.cpp Q8_0", "llama.cpp Q4_0"), said.append)
+    assert all(len(r["seconds"]) == 2 for r in report["rounds"])
+    # Each once to die and once for its second way, then anew in the second round.
+    assert sum("loaded in" in words for words in said) == 6
+
+
+def test_no_round_begins_beyond_the_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said: list[str] = []
+    assert len(dying(monkeypatch, tmp_path, 20, say=said.append, budget_s=0.0)["rounds"]) == 1
+    assert "1 of 2 rounds fit into 0 s" in said
 
 
 def test_a_contestant_without_an_answer_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

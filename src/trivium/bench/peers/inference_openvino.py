@@ -7,6 +7,7 @@ indices, fused attention. int8: one scale and zero point per row; int4: symmetri
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,8 @@ class Graph:
     def _int4(self, weight: torch.Tensor) -> Any:
         op, ov = self._op, self._ov
         rows, columns = weight.shape
-        grouped = weight.view(rows, columns // GROUP, GROUP)
+        group = math.gcd(columns, GROUP)
+        grouped = weight.view(rows, columns // group, group)
         at = grouped.abs().argmax(dim=2, keepdim=True)
         scale = grouped.gather(2, at) / -8.0
         scale = torch.where(scale == 0, 1e-8, scale)
