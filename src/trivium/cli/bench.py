@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
     workloads.command("zero", help="DDP, FSDP2, DeepSpeed and stages 0 to 3 on one model, interleaved.")(zero)
     workloads.command("moe", help="Our MoE layer beside transformers' and DeepSpeed's, and its all-to-all.")(moe)
     workloads.command("serve", help="Load on a model server, ours or any with OpenAI's completions.")(serve)
-    workloads.command("inference", help="Decode and prefill beside transformers and llama.cpp.")(inference)
+    workloads.command("inference", help="Decode and prefill beside transformers, llama.cpp and OpenVINO.")(inference)
     workloads.command(
         "quality", help="Train experts, pyramids and students over paired seeds: what they do to the loss."
     )(quality)
