@@ -18,6 +18,8 @@ import pytest
 from tests.inference.folders import folder
 from tests.worlds import child_environment
 from trivium.cli import main as frame
+from trivium.cli.chat import Conversation
+from trivium.inference import LLM, SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +109,22 @@ def test_ctrl_c_stops_the_answer_and_twice_leaves(model: str) -> None:
     finally:
         process.kill()
         os.close(master)
+
+
+def test_ctrl_c_before_the_answer_begins_forgets_the_message(model: str, capsys, monkeypatch) -> None:
+    llm = LLM(model, backend="torch")
+    conversation = Conversation(llm, SamplingParams(max_tokens=2), None)
+    conversation._terminal = True
+    said = iter(["hello", "hello", "/quit"])
+    monkeypatch.setattr(conversation, "_line", lambda sign: next(said))
+    encode, interrupts = llm.encode_chat, iter([True, False])
+
+    def interrupted(*args, **options):
+        if next(interrupts):
+            raise KeyboardInterrupt
+        return encode(*args, **options)
+
+    monkeypatch.setattr(llm, "encode_chat", interrupted)
+    conversation.run()
+    assert [one["role"] for one in conversation.messages] == ["user", "assistant"]
+    assert "(stopped)" in capsys.readouterr().err

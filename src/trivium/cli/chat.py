@@ -115,7 +115,12 @@ class Conversation:
                 continue
             if text.strip() == "/quit":
                 break
-            self._take(text)
+            try:
+                self._take(text)
+            except KeyboardInterrupt:
+                if not self._terminal:
+                    raise
+                self._words.print("\n(stopped)")
 
     def _take(self, text: str) -> None:
         """A command, or a message to answer."""
@@ -147,6 +152,9 @@ class Conversation:
             self.messages.pop()
             self._words.print(str(error))
             return
+        except KeyboardInterrupt:
+            self.messages.pop()
+            raise
         try:
             for last in deltas:
                 count += len(last.token_ids)
