@@ -14,12 +14,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trivium.base.errors import CapacityError, ConfigError
-from trivium.inference.blocks import BlockError, BlockPool
+from trivium.inference.blocks import BlockError, BlockPool, most_held
 from trivium.inference.scheduler import Piece, Scheduler, Sequence, State
 
 
-def next_token(history: list[int], choice: int) -> int:
-    return hash((tuple(history), choice)) % 5
+def next_token(history: list[int], choice: int, window: int | None = None) -> int:
+    """With a ``window`` only so many tokens count: where a layer stops reading."""
+    start = 0 if window is None else max(0, len(history) - window)
+    return hash((tuple(history[start:]), choice, len(history))) % 5
 
 
 @dataclass
@@ -65,8 +67,13 @@ class Toy:
         return places
 
     def _read(self, sequence: Sequence, upto: int) -> list[int]:
-        size = self.scheduler.pool.block_size
-        return [self.cache[sequence.blocks[p // size], p % size] for p in range(upto)]
+        """All tokens below ``upto``; zeros for those that are behind the window."""
+        size, window = self.scheduler.pool.block_size, self.scheduler.window
+        first = 0 if window is None else max(0, upto - window)
+        return [0] * first + [self.cache[sequence.blocks[p // size], p % size] for p in range(first, upto)]
+
+    def _next(self, history: list[int], choice: int) -> int:
+        return next_token(history, choice, self.scheduler.window)
 
     def _finish(self, piece: Piece) -> None:
         sequence = piece.sequence
@@ -78,7 +85,7 @@ class Toy:
         for member in group:
             new: list[int] = []
             for index in range(len(piece.drafts) + 1):
-                new.append(next_token(self._read(member, piece.start + piece.count + index), member.choice))
+                new.append(self._next(self._read(member, piece.start + piece.count + index), member.choice))
                 if index < len(piece.drafts) and new[-1] != piece.drafts[index]:
                     break
             if member is sequence:
@@ -92,7 +99,7 @@ class Toy:
             elif self.drafts:
                 history = list(member.tokens)
                 for index in range(3):
-                    history.append(next_token(history, member.choice) if index < 2 else 0)
+                    history.append(self._next(history, member.choice) if index < 2 else 0)
                 member.drafts = history[-3:]
 
     def cancel(self, name: str) -> None:
@@ -101,10 +108,10 @@ class Toy:
         self.scheduler.check()
 
 
-def expected(prompt: list[int], max_tokens: int, choice: int) -> list[int]:
+def expected(prompt: list[int], max_tokens: int, choice: int, window: int | None = None) -> list[int]:
     tokens = list(prompt)
     while len(tokens) < max_tokens:
-        tokens.append(next_token(tokens, choice))
+        tokens.append(next_token(tokens, choice, window))
     return tokens
 
 
@@ -123,15 +130,27 @@ requests = st.lists(
 
 @settings(max_examples=250)
 @given(
-    requests, st.integers(0, 8), st.integers(1, 4), st.integers(3, 7), st.integers(1, 12), st.booleans(), st.booleans()
+    requests,
+    st.integers(0, 8),
+    st.integers(1, 4),
+    st.integers(3, 7),
+    st.integers(1, 12),
+    st.booleans(),
+    st.booleans(),
+    st.one_of(st.none(), st.integers(1, 12)),
 )
-@example([([1] * 14, 10, 3, 0, None)] * 6, 0, 1, 3, 1, True, True)
+@example([([1] * 14, 10, 3, 0, None)] * 6, 0, 1, 3, 1, True, True, None)
+@example([([1] * 14, 10, 3, 0, None)] * 6, 0, 1, 3, 1, True, True, 3)
 def test_any_mix_in_any_cache_that_holds_one_ends_with_the_right_tokens(
-    asked, spare: int, size: int, most: int, extra: int, prefixes: bool, drafts: bool
+    asked, spare: int, size: int, most: int, extra: int, prefixes: bool, drafts: bool, window: int | None
 ) -> None:
-    holds_one = max(-(-(len(prompt) + new) // size) for prompt, new, *_ in asked)
+    holds_one = max(
+        most_held(len(prompt) + new, block_size=size, window=window, step_tokens=most + extra)
+        for prompt, new, *_ in asked
+    )
     pool = BlockPool(holds_one + spare, size)
-    toy = Toy(Scheduler(pool, max_sequences=most, step_tokens=most + extra, prefix_cache=prefixes), drafts=drafts)
+    scheduler = Scheduler(pool, max_sequences=most, step_tokens=most + extra, prefix_cache=prefixes, window=window)
+    toy = Toy(scheduler, drafts=drafts)
     work = sum((len(prompt) + new) * n for prompt, new, n, *_ in asked)
     bound = max(arrival for *_, arrival, _ in asked) + 2 * len(asked) * (work + 1)
     cancelled = set()
@@ -152,7 +171,7 @@ def test_any_mix_in_any_cache_that_holds_one_ends_with_the_right_tokens(
         for choice in range(n):
             tokens = toy.done.get((str(index), choice))
             assert tokens is not None or str(index) in cancelled
-            assert tokens in (None, expected(prompt, len(prompt) + new, choice))
+            assert tokens in (None, expected(prompt, len(prompt) + new, choice, window))
 
 
 @settings(max_examples=60)
@@ -241,6 +260,24 @@ def test_a_prefix_is_computed_once() -> None:
     assert (again.num_cached, other.num_cached, rows.num_cached) == (8, 4, 4)
 
 
+def test_blocks_behind_the_window_are_given_back_and_the_last_ones_found_again() -> None:
+    toy = Toy(Scheduler(BlockPool(8, 4), max_sequences=2, step_tokens=6, window=9))
+    assert toy.scheduler.most_held(1000) == 5  # 8 tokens behind, 6 of a step, wherever blocks begin
+    prompt = [token % 3 for token in range(100)]
+    held = []
+    first, *_ = toy.scheduler.add("long", prompt, max_tokens=140)
+    while not toy.scheduler.idle:
+        toy.step()
+        held.append(len(first.held))
+    assert max(held) == 3 and toy.done["long", 0] == expected(prompt, 140, 0, 9)
+    again, *_ = toy.scheduler.add("again", toy.done["long", 0][:135], max_tokens=140)
+    toy.step()
+    assert again.num_cached == 132 and again.num_behind > 0, "only the last two blocks are known, and they suffice"
+    while not toy.scheduler.idle:
+        toy.step()
+    assert toy.done["again", 0] == toy.done["long", 0]
+
+
 def test_what_can_never_fit_is_refused_at_once() -> None:
     scheduler = Scheduler(BlockPool(4, 4), max_sequences=2, step_tokens=8)
     with pytest.raises(CapacityError, match="17 tokens need 5 cache blocks of 4 tokens, the cache has 4"):
@@ -250,6 +287,9 @@ def test_what_can_never_fit_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match="max_sequences=8 and step_tokens=8"):
         Scheduler(BlockPool(4, 4), max_sequences=8, step_tokens=8)
     assert scheduler.idle
+    windowed = Scheduler(BlockPool(4, 4), max_sequences=2, step_tokens=8, window=9)
+    with pytest.raises(CapacityError, match="25 tokens need 5 cache blocks"):
+        windowed.add("long", [1], max_tokens=25)
 
 
 def test_i20_cancel_at_each_state() -> None:

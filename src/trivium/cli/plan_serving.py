@@ -46,6 +46,8 @@ def plan_serving(
     table.add_row(f"cache, {plan.cache_dtype}, layers: {kinds}", format_bytes(plan.cache_bytes))
     table.add_row("cache per token", format_bytes(plan.token_bytes))
     table.add_row("tokens in the cache", f"{plan.cache_tokens:,}")
+    if plan.window is not None:
+        table.add_row("tokens that a request keeps, beside its step's", f"{plan.window:,}")
     console.print(table)
     fits = Table("tokens per request", "requests at once", box=None)
     for column in fits.columns:

@@ -1,8 +1,8 @@
 """The cache's blocks as integers: who holds which, which may be found again by their content, which go first.
 
 DeepSpeed Inference section 3.1 (many requests share one device's memory). A block holds the keys and values of
-``block_size`` neighbouring tokens, of all layers at once: layers with a window or a latent cache count
-like the others.
+``block_size`` neighbouring tokens, of all layers at once: a latent layer counts like the others, and a block falls
+behind the window when it is behind every layer's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from trivium.base.errors import TriviumError
 
 ROOT_DIGEST = b""
+HOLE = -1  # in a sequence's blocks: one that is behind the window, and no longer held
 
 
 class BlockError(TriviumError):
@@ -24,6 +25,14 @@ class BlockError(TriviumError):
 def chain(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """What a full block of ``token_ids`` behind ``parent`` is known by: 16 bytes that also stand for all before it."""
     return hashlib.blake2b(parent + array("q", token_ids).tobytes(), digest_size=16).digest()
+
+
+def most_held(tokens: int, *, block_size: int, window: int | None, step_tokens: int) -> int:
+    """Blocks that a sequence of ``tokens`` holds at most: with a window only those that a step may read or write."""
+    whole = -(-tokens // block_size)
+    if window is None:
+        return whole
+    return min(whole, -(-(window + step_tokens - 2) // block_size) + 1)
 
 
 class BlockPool:
@@ -99,14 +108,24 @@ class BlockPool:
             self._by_digest[digest] = block
             self._digests[block] = digest
 
-    def match(self, digests: Iterable[bytes]) -> list[int]:
-        """The longest run of known blocks at the head of ``digests``; nothing is held by asking."""
-        found = []
+    def match(self, digests: Iterable[bytes], reach: int | None = None) -> list[int]:
+        """The longest run of known blocks at the head of ``digests``; nothing is held by asking.
+
+        With a ``reach`` the last so many blocks of the run suffice: those before them come as HOLE.
+        """
+        found: list[int] = []
+        if reach is not None:
+            known = [self._by_digest.get(digest, HOLE) for digest in digests]
+            run = end = 0
+            for index, block in enumerate(known, start=1):
+                run = run + 1 if block != HOLE else 0
+                end = index if run >= min(index, reach) else end
+            kept = known[max(0, end - reach) : end]
+            return [HOLE] * (end - len(kept)) + kept
         for digest in digests:
-            block = self._by_digest.get(digest)
-            if block is None:
+            if digest not in self._by_digest:
                 break
-            found.append(block)
+            found.append(self._by_digest[digest])
         return found
 
     def num_unused(self, blocks: Iterable[int]) -> int:

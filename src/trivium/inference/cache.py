@@ -13,6 +13,7 @@ import torch
 
 from trivium.base.errors import CapacityError, ConfigError
 from trivium.base.units import format_bytes
+from trivium.inference.blocks import most_held
 from trivium.kernels.program import Cache, CacheSpec
 from trivium.memory.meter import Meter
 
@@ -27,6 +28,19 @@ def kind_of(spec: CacheSpec) -> CacheKind:
     if spec.value_dim == 0:
         return "latent"
     return "paged" if spec.window is None else "windowed"
+
+
+def window_of(specs: Sequence[CacheSpec]) -> int | None:
+    """How far back any layer reads, where all have a window: a block spans all layers and goes when none needs it."""
+    windows = [spec.window for spec in specs if spec.window is not None]
+    return max(windows) if windows and len(windows) == len(specs) else None
+
+
+def longest_held(positions: int, *, num_blocks: int, block_size: int, window: int | None, step_tokens: int) -> int:
+    """Tokens of the longest sequence that ``num_blocks`` hold, ``positions`` at most."""
+    if most_held(positions, block_size=block_size, window=window, step_tokens=step_tokens) <= num_blocks:
+        return positions
+    return min(positions, num_blocks * block_size)
 
 
 def check_dtype(dtype: str) -> CacheDtype:
@@ -88,10 +102,21 @@ class PagedCache:
         self.block_size = block_size
         self.dtype = dtype
         self.num_bytes = num_blocks * block_bytes(specs, dtype, block_size)
+        self.window = window_of(specs)
         self.kinds = tuple(kind_of(spec) for spec in specs)
         self.caches = tuple(self._allocate(spec, device) for spec in specs)
         if meter is not None:
             meter.add("cache", self.num_bytes, "host" if device == "cpu" else "device")
+
+    def longest(self, positions: int, step_tokens: int) -> int:
+        """Tokens of the longest sequence that fits, ``positions`` at most."""
+        return longest_held(
+            positions,
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
+            window=self.window,
+            step_tokens=step_tokens,
+        )
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks, (from, to); all are read before any is written."""

@@ -69,7 +69,7 @@ class Engine:
         self.executor = executor
         self.cache = cache
         self.vocabulary = vocabulary
-        self.max_positions = min(max_positions, cache.num_blocks * cache.block_size)
+        self.max_positions = cache.longest(max_positions, self.config.step_tokens)
         self.eos_ids = eos_ids
         self.decoder = decoder
         self._scheduler = Scheduler(
@@ -77,6 +77,7 @@ class Engine:
             max_sequences=self.config.max_sequences,
             step_tokens=self.config.step_tokens,
             prefix_cache=self.config.prefix_cache,
+            window=cache.window,
         )
         self._batches = BatchBuilder(
             max_sequences=self.config.max_sequences,
@@ -313,7 +314,7 @@ class Engine:
 
     def _fail(self, choice: Choice, error: str, deltas: list[Delta]) -> None:
         """End one choice with an error; what it left in blocks that only it holds is wiped and forgotten."""
-        blocks = choice.sequence.blocks
+        blocks = choice.sequence.held
         pool = self._scheduler.pool
         self.cache.clear([block for block in blocks if not pool.shared(block)])
         pool.forget(blocks)

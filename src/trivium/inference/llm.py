@@ -273,6 +273,7 @@ class LLM:
             memory_bytes=None if memory is None else parse_bytes(memory),
             max_sequences=config.max_sequences,
             max_positions=model.max_positions,
+            step_tokens=config.step_tokens,
             device=self.device,
             block_size=block_size,
         )

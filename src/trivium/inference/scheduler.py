@@ -7,7 +7,8 @@ cache is taken in. (2) The running ones are always the first ones of that order:
 gives way to another is always the last running one. (3) Whoever needs a block takes it from the last in the order, so
 the first one never gives way except to nobody, and with all others gone it fits by (1). (4) Decodes take one token of
 the budget each and there are fewer of them than the budget, and prompts are served in order, so the first sequence
-computes at least one token in every step. Hence it ends after finitely many steps, the next one becomes first, and all
+computes at least one token in every step. With a window a prompt's blocks are taken piece by piece, as (3) says, and
+(1) counts what is held at once. Hence it ends after finitely many steps, the next one becomes first, and all
 end; whatever preemption throws away belongs to later ones and delays them, never the first.
 """
 
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from trivium.base.errors import CapacityError, ConfigError
-from trivium.inference.blocks import ROOT_DIGEST, BlockError, BlockPool, chain
+from trivium.inference.blocks import HOLE, ROOT_DIGEST, BlockError, BlockPool, chain, most_held
 
 
 class State(Enum):
@@ -36,8 +37,9 @@ class Sequence:
     """One choice of one request: its tokens and how far the cache holds them.
 
     ``tokens`` are the prompt's and the answer's; the cache holds positions below ``num_computed``. ``max_tokens``
-    bounds both together. From position ``rows_from`` on, every row of the model's output is wanted (None: only the last
-    one), so that those positions are never taken from the prefix cache. ``drafts`` are guesses of the tokens to come.
+    bounds both together. The first ``num_behind`` of ``blocks`` are behind the window: HOLE. From ``rows_from`` on each
+    row of the model's output is wanted (None: only the last one), so that those positions are never taken from the
+    prefix cache. ``drafts`` are guesses of the tokens to come.
     """
 
     request_id: str
@@ -55,6 +57,7 @@ class Sequence:
     followers: list[Sequence] = field(default_factory=list)
     drafts: list[int] = field(default_factory=list)
     num_published: int = 0
+    num_behind: int = 0
     preemptions: int = 0
 
     def __lt__(self, other: Sequence) -> bool:
@@ -64,6 +67,11 @@ class Sequence:
     def num_left(self) -> int:
         """Tokens that the cache does not hold yet."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def held(self) -> list[int]:
+        """Its blocks, without those behind the window."""
+        return self.blocks[self.num_behind :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +102,18 @@ class Plan:
 class Scheduler:
     """Owns the block pool and the queues; whoever runs the model calls `schedule`, then `advance` for each piece."""
 
-    def __init__(self, pool: BlockPool, *, max_sequences: int, step_tokens: int, prefix_cache: bool = True) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_sequences: int,
+        step_tokens: int,
+        prefix_cache: bool = True,
+        window: int | None = None,
+    ) -> None:
         """At most ``max_sequences`` run at once, with ``step_tokens`` tokens in a step.
+
+        ``window``: no layer reads further back, so that blocks behind it are given back.
 
         Raises:
             ConfigError: no budget would be left for a prompt.
@@ -109,6 +127,7 @@ class Scheduler:
         self.max_sequences = max_sequences
         self.step_tokens = step_tokens
         self.prefix_cache = prefix_cache
+        self.window = window
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
@@ -128,7 +147,7 @@ class Scheduler:
         Raises:
             CapacityError: one choice of it would not fit into the whole cache, or it has too many choices.
         """
-        needed = -(-max_tokens // self.pool.block_size)
+        needed = self.most_held(max_tokens)
         if needed > self.pool.num_blocks:
             raise CapacityError(
                 f"request {request_id}: {max_tokens} tokens need {needed} cache blocks of "
@@ -153,20 +172,15 @@ class Scheduler:
     def schedule(self) -> Plan:
         """The next step; an empty plan only when idle. Blocks are held when it returns."""
         plan = Plan([], [], [])
-        decodes = self._decodes(plan)
-        budget = self.step_tokens - len(decodes)
-        prefills: list[Piece] = []
-        for sequence in self.running:
-            if sequence.num_left > 1 and budget > 0:
-                prefills.append(self._prefill(sequence, budget))
-                budget -= prefills[-1].count
+        decodes, prefills = self._go_on(plan)
+        budget = self.step_tokens - len(decodes) - sum(piece.count for piece in prefills)
         while not plan.preempted and self.waiting and budget > 0 and self._admit(self.waiting[0]):
             prefills.append(self._prefill(self.running[-1], budget))
+            self._reserve(self.running[-1], prefills[-1].start + prefills[-1].count, plan)
             budget -= prefills[-1].count
         for sequence in decodes:
-            piece = self._decode(sequence, budget)
-            budget -= len(piece.drafts)
-            plan.pieces.append(piece)
+            plan.pieces.append(self._decode(sequence, budget))
+            budget -= len(plan.pieces[-1].drafts)
         plan.pieces.extend(prefills)
         return plan
 
@@ -182,13 +196,20 @@ class Scheduler:
             keep = -(-len(sequence.tokens) // self.pool.block_size)
             self.pool.release(reversed(sequence.blocks[keep:]))
             del sequence.blocks[keep:]
+        if self.window is not None:
+            behind = max(0, sequence.num_computed - self.window + 1) // self.pool.block_size
+            if behind > sequence.num_behind:
+                self.pool.release(sequence.blocks[sequence.num_behind : behind])
+                sequence.blocks[sequence.num_behind : behind] = [HOLE] * (behind - sequence.num_behind)
+                sequence.num_behind = behind
 
     def fork(self, leader: Sequence) -> list[Sequence]:
         """The followers of a leader whose prompt is computed, now running on its blocks."""
         followers, leader.followers = leader.followers, []
         for follower in followers:
-            self.pool.share(leader.blocks)
+            self.pool.share(leader.held)
             follower.blocks = list(leader.blocks)
+            follower.num_behind = leader.num_behind
             follower.digests = list(leader.digests)
             follower.num_published = leader.num_published
             follower.rows_from = None
@@ -225,7 +246,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Verify blocks, order and states. Raises BlockError when something does not add up."""
-        self.pool.check(sequence.blocks for sequence in self.sequences())
+        self.pool.check(sequence.held for sequence in self.sequences())
         if self.running != sorted(self.running) or self.waiting != sorted(self.waiting):
             raise BlockError("a queue is out of order")
         if self.running and self.waiting and self.waiting[0] < self.running[-1]:
@@ -242,21 +263,35 @@ class Scheduler:
                 raise BlockError(
                     f"{sequence.request_id}: {sequence.num_computed} tokens in {len(sequence.blocks)} blocks"
                 )
+            if len(sequence.held) > self.most_held(sequence.max_tokens) or HOLE in sequence.held:
+                raise BlockError(f"{sequence.request_id}: holds {len(sequence.held)} blocks, or lacks one it reads")
             if sequence.state is not State.RUNNING and (sequence.blocks or sequence.num_computed):
                 raise BlockError(f"{sequence.request_id}: holds blocks while {sequence.state.value}")
 
-    def _decodes(self, plan: Plan) -> list[Sequence]:
-        """The running sequences with one token left, each with a block of its own to write it to."""
+    def most_held(self, tokens: int) -> int:
+        """Blocks that a sequence of ``tokens`` holds at most."""
+        size = self.pool.block_size
+        return most_held(tokens, block_size=size, window=self.window, step_tokens=self.step_tokens)
+
+    def _go_on(self, plan: Plan) -> tuple[list[Sequence], list[Piece]]:
+        """The running sequences with one token left, and pieces of the others' prompts; all have blocks to write to."""
         ready: list[Sequence] = []
-        index = 0
-        while index < len(self.running):
-            sequence = self.running[index]
+        prefills: list[Piece] = []
+        budget = self.step_tokens - sum(sequence.num_left == 1 for sequence in self.running)
+        for sequence in list(self.running):
+            if sequence.state is not State.RUNNING:  # it has given way
+                break
+            piece = self._prefill(sequence, 1 if sequence.num_left == 1 else budget)
+            if piece.count == 0:
+                continue
+            if not self._reserve(sequence, piece.start + piece.count, plan):
+                break
             if sequence.num_left == 1:
-                if not self._reserve(sequence, sequence.num_computed + 1, plan):
-                    break
                 ready.append(sequence)
-            index += 1
-        return ready
+            else:
+                prefills.append(piece)
+                budget -= piece.count
+        return ready, prefills
 
     def _reserve(self, sequence: Sequence, upto: int, plan: Plan) -> bool:
         """Blocks for positions below ``upto``, the one written first not shared; False: it had to give way itself."""
@@ -293,22 +328,23 @@ class Scheduler:
         plan.preempted.append(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        self.pool.release(reversed(sequence.blocks))
+        self.pool.release(reversed(sequence.held))
         sequence.blocks = []
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_behind = 0
         sequence.drafts = []
 
     def _admit(self, sequence: Sequence) -> bool:
         """Start the first waiting sequence if there is room for all its tokens, and one block more per running one."""
-        slots = 1 + len(sequence.followers)
-        if len(self.running) + self._forking + slots > self.max_sequences:
+        if len(self.running) + self._forking + 1 + len(sequence.followers) > self.max_sequences:
             return False
         hits = self._hits(sequence)
-        needed = -(-len(sequence.tokens) // self.pool.block_size) - len(hits)
-        if needed + self.pool.num_unused(hits) + len(self.running) > self.pool.num_free:
+        found = [block for block in hits if block != HOLE]
+        needed = self.most_held(len(sequence.tokens)) - len(found)
+        if needed + self.pool.num_unused(found) + len(self.running) > self.pool.num_free:
             return False
-        self.pool.share(hits)
-        sequence.blocks = hits + self.pool.allocate(needed)
+        self.pool.share(found)
+        sequence.num_behind = len(hits) - len(found)
+        sequence.blocks = hits + (self.pool.allocate(needed) if self.window is None else [])
         sequence.num_published = len(hits)
         sequence.num_computed = len(hits) * self.pool.block_size
         if sequence.preemptions == 0:
@@ -326,7 +362,8 @@ class Scheduler:
         last = len(sequence.tokens) - 1
         full = (last if sequence.rows_from is None else min(last, sequence.rows_from)) // self.pool.block_size
         self._extend_digests(sequence, full)
-        return self.pool.match(sequence.digests[:full])
+        reach = None if self.window is None else max(1, -(-(self.window - 1) // self.pool.block_size))
+        return self.pool.match(sequence.digests[:full], reach)
 
     def _prefill(self, sequence: Sequence, budget: int) -> Piece:
         count = min(sequence.num_left, budget)

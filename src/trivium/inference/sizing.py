@@ -14,7 +14,8 @@ import torch
 
 from trivium.base.errors import CapacityError
 from trivium.base.units import format_bytes
-from trivium.inference.cache import CacheDtype, block_bytes, blocks_within
+from trivium.inference.blocks import most_held
+from trivium.inference.cache import CacheDtype, block_bytes, blocks_within, window_of
 from trivium.kernels.program import CacheSpec, Program
 
 BLOCK_SIZE = 16
@@ -29,6 +30,7 @@ def cache_blocks(
     memory_bytes: int | None,
     max_sequences: int,
     max_positions: int,
+    step_tokens: int,
     device: str = "cpu",
     block_size: int = BLOCK_SIZE,
 ) -> int:
@@ -53,7 +55,9 @@ def cache_blocks(
         dtype,
         block_size,
         memory_bytes=left,
-        most_tokens=max_sequences * -(-max_positions // block_size) * block_size,
+        most_tokens=max_sequences
+        * block_size
+        * most_held(max_positions, block_size=block_size, window=window_of(specs), step_tokens=step_tokens),
     )
 
 

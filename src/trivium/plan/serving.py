@@ -13,8 +13,10 @@ import torch
 
 from trivium.base.errors import CapacityError, ConfigError
 from trivium.base.units import format_bytes
-from trivium.inference.cache import CacheDtype, block_bytes, check_dtype, kind_of
+from trivium.inference.blocks import most_held
+from trivium.inference.cache import CacheDtype, block_bytes, check_dtype, kind_of, longest_held, window_of
 from trivium.inference.compile import cache_spec, compile_program
+from trivium.inference.engine import EngineConfig
 from trivium.inference.packing import Quantize, format_of
 from trivium.inference.sizing import BLOCK_SIZE, cache_blocks, program_bytes
 from trivium.inference.weights import DType, Opened, open_model, sequence_limit
@@ -30,7 +32,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class ServingPlan:
     """Bytes and counts. ``fits`` pairs a context with how many requests of it the cache holds at once.
 
-    ``caches`` counts layers by the kind that they declare: paged, windowed, latent.
+    ``caches`` counts layers by the kind that they declare: paged, windowed, latent. Where all are windowed, ``window``
+    is how far back they read, and a request holds no more blocks than that and one step take.
     """
 
     name: str
@@ -43,6 +46,7 @@ class ServingPlan:
     cache_tokens: int
     max_positions: int
     caches: dict[str, int]
+    window: int | None
     fits: tuple[tuple[int, int], ...]
 
 
@@ -54,7 +58,8 @@ def plan_serving(
     quantize: Quantize = None,
     cache_dtype: str = "auto",
     max_positions: int | None = None,
-    max_sequences: int = 64,
+    max_sequences: int = EngineConfig.max_sequences,
+    step_tokens: int = EngineConfig.step_tokens,
     backend: str = "auto",
 ) -> ServingPlan:
     """Plan to serve the model in ``path`` within ``memory_bytes``, weights and cache together.
@@ -80,10 +85,14 @@ def plan_serving(
         raise CapacityError(_does_not_fit(memory_bytes, sizes, quantize, each))
     blocks = cache_blocks(
         specs, dtype=entries, weight_bytes=sizes[quantize], memory_bytes=memory_bytes, max_sequences=max_sequences,
-        max_positions=positions,
+        max_positions=positions, step_tokens=step_tokens,
     )  # fmt: skip
-    tokens = blocks * BLOCK_SIZE
-    lengths = [2**power for power in range(7, 40) if 2**power < min(positions, tokens)] + [min(positions, tokens)]
+    window = window_of(specs)
+    longest = longest_held(positions, num_blocks=blocks, block_size=BLOCK_SIZE, window=window, step_tokens=step_tokens)
+    lengths = [2**power for power in range(7, 40) if 2**power < longest] + [longest]
+    held = {
+        length: most_held(length, block_size=BLOCK_SIZE, window=window, step_tokens=step_tokens) for length in lengths
+    }
     kinds = [kind_of(spec) for spec in specs]
     return ServingPlan(
         name=Path(path).resolve().name,
@@ -93,10 +102,11 @@ def plan_serving(
         cache_dtype=entries,
         token_bytes=each // BLOCK_SIZE,
         cache_bytes=blocks * each,
-        cache_tokens=tokens,
-        max_positions=min(positions, tokens),
+        cache_tokens=blocks * BLOCK_SIZE,
+        max_positions=longest,
         caches={kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
-        fits=tuple((length, min(max_sequences, blocks // -(-length // BLOCK_SIZE))) for length in lengths),
+        window=window,
+        fits=tuple((length, min(max_sequences, blocks // held[length])) for length in lengths),
     )
 
 
