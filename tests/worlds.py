@@ -60,6 +60,7 @@ GRACE_S = 2.0
 WORDS_S = 10.0
 _PRELOADED = (
     "torch",
+    "torch._dynamo",  # every optimizer loads it
     "trivium",
     "trivium.checkpoint",
     "trivium.zero",

@@ -38,7 +38,7 @@ def test_values_and_gradients_are_the_modules(kind: str, weighed: bool) -> None:
     experts, x, w, rows = setting(kind)
     leaves = [x.requires_grad_(), *([w.requires_grad_()] if weighed else []), *experts.parameters()]
     form, params = experts.plain(x, COUNTS)  # type: ignore[misc]
-    y = fused.run_fused(x, w if weighed else None, rows, [n for n in COUNTS if n], form, params)
+    y = fused.Fused()(x, w if weighed else None, rows, [n for n in COUNTS if n], form, params)
     expected = by_modules(experts, x, w if weighed else None, rows)
     assert torch.allclose(y, expected, rtol=0, atol=1e-13)
     up = torch.randn_like(y)
@@ -55,7 +55,7 @@ def test_gradients_are_those_of_finite_differences(kind: str) -> None:
     values = [p.detach().requires_grad_() for p in params]
     inputs = (x.requires_grad_(), w.requires_grad_(), *values)
     assert torch.autograd.gradcheck(
-        lambda x, w, *values: fused.run_fused(x, w, rows, [3, 5, 1], form, list(values)), inputs
+        lambda x, w, *values: fused.Fused()(x, w, rows, [3, 5, 1], form, list(values)), inputs
     )
 
 
@@ -67,7 +67,7 @@ def test_frozen_weights_get_no_gradient_and_the_others_the_same(frozen: str) -> 
         for name, p in experts.named_parameters():
             p.requires_grad_(not (off and f".{frozen}." in name))
         form, params = experts.plain(x, COUNTS)  # type: ignore[misc]
-        fused.run_fused(x.requires_grad_(), w, rows, [3, 5, 1], form, params).sum().backward()
+        fused.Fused()(x.requires_grad_(), w, rows, [3, 5, 1], form, params).sum().backward()
         grads.append({name: p.grad for name, p in experts.named_parameters()} | {"x": x.grad})
     for name, grad in grads[1].items():
         assert (grad is None) == (f".{frozen}." in name or name.startswith("1.")), name
@@ -125,3 +125,19 @@ def test_it_keeps_rows_of_the_inner_width_alone() -> None:
         layer(x)
     rows_bytes = 2 * 256 * 16 * 4
     assert sum(kept) < 2 * rows_bytes + 256 * 4 * 4 * 12, "two pre-activations, and a few numbers per token and expert"
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, while tracing
+def test_a_compiled_layer_gives_the_same_bits() -> None:
+    torch.compiler.reset()
+    found = []
+    for way in (lambda layer: torch.compile(layer, backend="aot_eager"), lambda layer: layer):
+        torch.manual_seed(2)
+        layer = MoE(16, 24, 4, 2, seed=1)
+        x = torch.randn(9, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        out, _ = way(layer)(x)
+        out.square().sum().backward()
+        found.append([out.detach(), x.grad, *(p.grad for p in layer.parameters())])
+    for compiled, eager in zip(*found, strict=True):
+        assert (compiled is None) == (eager is None)
+        assert compiled is None or torch.equal(compiled, eager)

@@ -22,7 +22,6 @@ from torch import nn
 from trivium.base.errors import MismatchError, NonFiniteError
 from trivium.dist.exchange import Coordinated, Exchange, Home, Send
 from trivium.moe.experts import Experts
-from trivium.moe.fused import run_fused
 from trivium.moe.routing import Routing
 
 _NON_FINITE, _OTHER = 1, 2  # what a rank that has failed says in place of 0
@@ -70,7 +69,7 @@ def run_local(x_TC: torch.Tensor, routing: Routing, num_experts: int, experts: E
     plain = experts.plain(x_TC, plan.counts)
     if plain is not None and routing.weights_TK.dtype == x_TC.dtype:
         weights_R = routing.weights_TK.reshape(-1).index_select(0, plan.slots_R)
-        return run_fused(x_TC, weights_R, plan.tokens_R, [n for n in plan.counts if n], *plain)
+        return experts.fused(x_TC, weights_R, plan.tokens_R, [n for n in plan.counts if n], *plain)
     rows_RC: torch.Tensor = Scatter.apply(x_TC, plan)  # type: ignore[no-untyped-call]
     out: torch.Tensor = Combine.apply(experts(rows_RC, plan.counts), routing.weights_TK, plan)  # type: ignore[no-untyped-call]
     return out
@@ -108,7 +107,7 @@ def _run_received(
     """Rows in the order they came in → their outputs in that order; ``order_R`` sorts them by expert."""
     plain = experts.plain(rows_RC, counts)
     if plain is not None:
-        return run_fused(rows_RC, None, order_R, [n for n in counts if n], *plain)
+        return experts.fused(rows_RC, None, order_R, [n for n in counts if n], *plain)
     inverse_R = torch.empty_like(order_R)
     inverse_R[order_R] = torch.arange(len(order_R), device=order_R.device)
     sorted_RC: torch.Tensor = Permute.apply(rows_RC, order_R, inverse_R)  # type: ignore[no-untyped-call]

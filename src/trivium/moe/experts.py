@@ -15,7 +15,7 @@ from torch import nn
 from trivium.base.errors import ConfigError
 from trivium.dist.shard import Placement
 from trivium.moe.draw import key
-from trivium.moe.fused import GELU, Form, SwiGLU
+from trivium.moe.fused import GELU, Form, Fused, SwiGLU
 from trivium.nn import MLP, Linear
 
 Kind = Literal["swiglu", "gelu"]
@@ -56,6 +56,7 @@ class Experts(nn.Module):
         super().__init__()
         self.placement = Placement(axis=axis)
         self.numbers = tuple(numbers)
+        self.fused = Fused()
         device = torch.device(torch.get_default_device() if device is None else device)
         for number in self.numbers:
             self.add_module(str(number), build(make, number, key(seed, layer, number), device))
@@ -80,7 +81,7 @@ class Experts(nn.Module):
         return torch.cat(outs)
 
     def plain(self, x: torch.Tensor, counts: Sequence[int]) -> tuple[type[Form], list[torch.Tensor]] | None:
-        """What `moe.fused` runs in one pass: the form of the experts and the parameters of those that have a row.
+        """What `fused` runs in one pass: the form of the experts and the parameters of those that have a row.
 
         None where it cannot: no row; experts of a user's, of several widths, or with hooks, which must see each call;
         autocast; a type other than the input's, or a 16-bit one, whose sums want more precision.

@@ -16,7 +16,7 @@ N input rows, R choices sorted by expert, C model width, F inner width; n choice
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -229,17 +229,28 @@ def _experts(
     )
 
 
-def run_fused(
-    x_NC: torch.Tensor,
-    weights_R: torch.Tensor | None,
-    rows_R: torch.Tensor,
-    counts: list[int],
-    form: type[Form],
-    params: Tensors,
-) -> torch.Tensor:
-    """`ExpertPass`, out of sight of the compiler: its shapes are data."""
-    out: torch.Tensor = _apply(x_NC, weights_R, rows_R, counts, form, *params)
-    return out
+class Fused:
+    """`ExpertPass`, out of sight of the compiler: its shapes are data.
 
+    Each layer of experts holds one, made with it and not with this file: it loads torch's compiler, which takes longer
+    than all of this library, and those who only serve need neither.
+    """
 
-_apply = torch.compiler.disable(ExpertPass.apply)  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        self._untraced: Callable[..., torch.Tensor] = torch.compiler.disable(ExpertPass.apply)  # type: ignore[no-untyped-call]
+
+    def __call__(
+        self,
+        x_NC: torch.Tensor,
+        weights_R: torch.Tensor | None,
+        rows_R: torch.Tensor,
+        counts: list[int],
+        form: type[Form],
+        params: Tensors,
+    ) -> torch.Tensor:
+        """See `ExpertPass.forward`."""
+        return self._untraced(x_NC, weights_R, rows_R, counts, form, *params)
+
+    def __reduce__(self) -> tuple[type[Fused], tuple[()]]:
+        """A copy of a layer makes its own."""
+        return Fused, ()
