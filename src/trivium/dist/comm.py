@@ -150,7 +150,6 @@ class Comm:
         self.link = link
         link.join(self)
         self._device = torch.device("cpu") if on_cpu else link.device
-        self._channel = 0 if group is None else channel_of(group.group_name)
 
     @property
     def default_reduce(self) -> Reduce:
@@ -333,18 +332,19 @@ class Comm:
         """Start sending ``send[r]`` to rank r and receiving ``receive[r]`` from it, for every other rank."""
         works: list[dist.Work | Ticket | None] = []
         nearby, near = self.link.nearby, frozenset[int]()
-        if nearby is not None and nearby.ranks:
+        if nearby is not None and nearby.ranks and self.group is not None:
             near = nearby.ranks
+            channel = channel_of(self.group.group_name)
             ticket = nearby.begin()
             works.append(ticket)
             for step in range(1, self.size):
                 target = (self.rank + step) % self.size
                 if self.ranks[target] in near:
-                    nearby.give(ticket, self.ranks[target], self._channel, send[target])
+                    nearby.give(ticket, self.ranks[target], channel, send[target])
             for step in range(1, self.size):
                 source = (self.rank - step) % self.size
                 if self.ranks[source] in near:
-                    nearby.expect(ticket, self.ranks[source], self._channel, receive[source])
+                    nearby.expect(ticket, self.ranks[source], channel, receive[source])
         for step in range(1, self.size):
             source = (self.rank - step) % self.size
             if self.ranks[source] not in near:
