@@ -197,3 +197,13 @@ def test_usual_globals() -> None:
         [{"role": "user", "content": "c"}], now=now, tokens={"bos_token": "<s>"}, enable_thinking=False
     )
     assert found.text == "04 Mar 2026c13---<s>False"
+
+
+def test_many_texts_against_many_control_tokens_cost_no_product_of_both() -> None:
+    control = [f"<|reserved_special_token_{number}|>" for number in range(1000)]
+    arguments = {f"{number}<|re": f"|> {number} and more behind it, a whole sentence" for number in range(5000)}
+    template = ChatTemplate("{{ messages[0].arguments | tojson }}")
+    started = time.process_time()
+    found = template.render([{"role": "user", "arguments": arguments}], control=control)
+    assert time.process_time() - started < 20  # compared one by one they take minutes
+    assert found.text.count(found.mark) == 10_000

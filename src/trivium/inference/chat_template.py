@@ -10,6 +10,7 @@ template's own text or another content, must not complete it.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -124,15 +125,27 @@ def _opened(messages: list[dict[str, Any]], end: str) -> list[dict[str, Any]]:
     raise DataError("continue_final_message: expected a last message whose content is, or ends with, a text")
 
 
+class _Words:
+    """Control tokens' texts: a pattern for all of them, and every part that one may begin or end with."""
+
+    def __init__(self, words: tuple[str, ...]) -> None:
+        ordered = sorted((word for word in words if len(word) > 1), key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, ordered))) if ordered else None
+        self.longest = len(ordered[0]) if ordered else 0
+        # Words of letters alone are left out: half the texts would end as one of them begins.
+        marked = [word for word in ordered if not (word[0].isalnum() and word[-1].isalnum())]
+        self.begins = frozenset(word[:at] for word in marked for at in range(1, len(word)))
+        self.ends = frozenset(word[at:] for word in marked for at in range(1, len(word)))
+
+
+_words = functools.lru_cache(maxsize=4)(_Words)
+
+
 class _Breaker:
     """See [Note: control tokens in contents]."""
 
     def __init__(self, values: Any, control: Iterable[str]) -> None:
-        words = sorted((word for word in control if len(word) > 1), key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, words))) if words else None
-        # Words of letters alone are left out: half the texts would end as one of them begins.
-        self._words = [word for word in words if not (word[0].isalnum() and word[-1].isalnum())]
-        self._longest = len(words[0]) if words else 0
+        self._words = _words(tuple(control))
         seen = set(json.dumps(values, ensure_ascii=False, default=str))
         marks = [mark for mark in _MARKS if mark not in seen][:2]
         if len(marks) < 2:
@@ -143,7 +156,8 @@ class _Breaker:
     def broken(self, value: Any) -> Any:
         """A copy in which no text says a control token. A message's role is not content, but names a part."""
         if isinstance(value, str):
-            return value if self._pattern is None else self._pattern.sub(self._break, self._open_ends(value))
+            pattern = self._words.pattern
+            return value if pattern is None else pattern.sub(self._break, self._open_ends(value))
         if isinstance(value, Mapping):
             return {self.broken(key): self.broken(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
@@ -156,15 +170,12 @@ class _Breaker:
 
     def _open_ends(self, text: str) -> str:
         """``text`` marked inside what may be a control token's first or last part, once something stands beside it."""
+        words = self._words
         stop, start = len(text.rstrip()), len(text) - len(text.lstrip())
         places = {
-            at + 1
-            for at in range(max(start, stop - self._longest + 1), stop)
-            if any(len(word) > stop - at and word.startswith(text[at:stop]) for word in self._words)
+            at + 1 for at in range(max(start, stop - words.longest + 1), stop) if text[at:stop] in words.begins
         } | {
-            at - 1
-            for at in range(start + 1, min(stop, start + self._longest - 1) + 1)
-            if any(len(word) > at - start and word.endswith(text[start:at]) for word in self._words)
+            at - 1 for at in range(start + 1, min(stop, start + words.longest - 1) + 1) if text[start:at] in words.ends
         }
         for place in sorted(places, reverse=True):
             text = text[:place] + self.mark + text[place:]
