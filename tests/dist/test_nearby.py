@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.worlds import Worlds
+from tests.worlds import Worlds, child_environment
 from trivium.base.errors import MismatchError
-from trivium.dist.nearby import Nearby, Reader, channel_of
+from trivium.dist.nearby import Nearby, Reader, channel_of, meet
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory of other processes is read on Linux only")
 
@@ -116,6 +116,48 @@ def test_memory_that_cannot_be_read_is_told_on_both_sides() -> None:
         giving.wait()
     one.close()
     zero.close()
+
+
+def test_containers_with_one_numbering_and_networks_of_their_own_are_no_neighbours() -> None:
+    """Their memory may be read, but a socket's name means nothing in the other's network."""
+    asked: list[object] = []
+
+    def swap(value: object) -> list[object]:
+        asked.append(value)
+        other = [value[0], "00", "net:[1]"] if isinstance(value, list) and len(value) == 3 else value
+        return [other, value]
+
+    made = meet(1, {0: os.getpid()}, swap, 5.0)
+    made.close()
+    assert made.ranks == frozenset() and asked[1:] == [[], None]
+
+
+def test_a_forked_child_that_ends_leaves_its_parent_s_neighbours() -> None:
+    program = """
+import os, socket, torch
+from trivium.dist.nearby import Nearby, Reader
+ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+zero, one = (Nearby({1 - rank: os.getpid()}, {1 - rank: end}, Reader(), 60.0) for rank, end in enumerate(ends))
+child = os.fork()
+if child == 0:
+    zero.close()
+    os._exit(0)
+os.waitpid(child, 0)
+found, expecting, giving = torch.empty(3), one.begin(), zero.begin()
+zero.give(giving, 1, 7, torch.ones(3))
+one.expect(expecting, 0, 7, found)
+expecting.wait()
+giving.wait()
+print(found.tolist())
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.stdout == "[1.0, 1.0, 1.0]\n", done.stderr
 
 
 def test_names_of_channels_are_told_apart() -> None:

@@ -90,7 +90,7 @@ def init(
     Creates torch's default process group, or reuses the one that is there. ``device`` is ``auto`` (CUDA where there is
     one, otherwise the CPU), ``cpu`` or ``cuda``. ``delay_s`` is added to every collective, to measure what is hidden.
     ``nearby``: on the CPU, ranks of one host read each other's memory where the kernel permits it, instead of sending
-    over loopback; the network's counters then see none of it. Off unless asked for.
+    over loopback; the network's counters then miss what parameters and gradients take. Off unless asked for.
     A collective that waits longer than ``timeout_s`` for a peer raises RankError, on every axis.
     Raises SetupError when the environment is half set or rank 0 cannot be reached, ConfigError on impossible degrees.
     """

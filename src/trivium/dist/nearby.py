@@ -88,6 +88,7 @@ class Nearby:
         self._num_expected: dict[tuple[int, int], int] = {}
         self._gone: set[int] = set()
         self._closed = False
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._listen, name="trivium-nearby", daemon=True)
         if sockets:
             self._thread.start()
@@ -134,13 +135,14 @@ class Nearby:
             raise RuntimeError(f"timed out after {self._timeout_s:g} s")
 
     def close(self) -> None:
-        """Part from the neighbours; the thread ends."""
+        """Part from the neighbours; the thread ends. A forked child lets go of its copies alone."""
         self._closed = True
-        for one in self._sockets.values():
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-        if self._thread.is_alive():
-            self._thread.join(timeout=5)
+        if os.getpid() == self._process:
+            for one in self._sockets.values():
+                with contextlib.suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
+            if self._thread.is_alive():
+                self._thread.join(timeout=5)
         for one in self._sockets.values():
             one.close()
 
@@ -211,8 +213,7 @@ class Nearby:
                 self._reader.read(self._pids[rank], address, side.row)
             except OSError as failed:
                 error = RuntimeError(f"the memory of rank {rank} cannot be read: {failed}")
-        with contextlib.suppress(OSError):  # gone: it does not wait for an answer any more
-            self._say(rank, _DONE if error is None else _REFUSED, channel, number, 0, side.row.nbytes)
+        self._say(rank, _DONE if error is None else _REFUSED, channel, number, 0, side.row.nbytes)
         self._settle(rank, side, error)
 
     def _settle(self, rank: int, side: _Side, error: Exception | None) -> None:
@@ -280,10 +281,12 @@ def meet(
     reader = _reader() if neighbours else None
     door = _open_door() if reader is not None else None
     probe = torch.full((1,), _PROBE, dtype=torch.int64)
-    told = swap([probe.data_ptr(), door.getsockname().hex() if door is not None else ""])
+    net = os.readlink("/proc/self/ns/net") if door is not None else ""  # which names of sockets are known in
+    told = swap([probe.data_ptr(), door.getsockname().hex() if door is not None else "", net])
     seen: list[int] = []
     if reader is not None:
-        seen = [other for other, pid in neighbours.items() if told[other][1] and reader.can_read(pid, told[other][0])]
+        alike = [other for other in neighbours if told[other][1] and told[other][2] == net]
+        seen = [other for other in alike if reader.can_read(neighbours[other], told[other][0])]
     everyone = swap(seen)
     near = {other: neighbours[other] for other in seen if rank in everyone[other]}
     sockets: dict[int, socket.socket] = {}
