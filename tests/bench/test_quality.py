@@ -183,6 +183,7 @@ def test_settings_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ({"claims": ("d",)}, "claim 'd'"),
         ({"claims": ()}, "no claim"),
         ({"seeds": 0}, "seeds=0"),
+        ({"seeds": 11}, "seeds=11: expected 1 to 10"),
         ({"jobs": 0}, "jobs=0"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -29,6 +29,7 @@ from trivium.train.config import TrainConfig
 from trivium.train.metrics import FILE, read
 
 _SCHEMA = 1
+MOST_SEEDS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,8 @@ class QualityBench:
         for name in ("seeds", "jobs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected 1 or more")
+        if self.seeds > MOST_SEEDS:
+            raise ConfigError(f"seeds={self.seeds}: expected 1 to {MOST_SEEDS}")
         if not self.claims:
             raise ConfigError("no claim to measure: expected some of a, b, c, or all")
 
