@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests import cases
-from tests.worlds import ROOT, Launch, WorldFailure, Worlds, child_environment
+from tests.worlds import ROOT, Launch, Nursery, World, WorldFailure, Worlds, child_environment
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -97,3 +97,20 @@ def test_ctrl_c_reaches_what_the_tests_start() -> None:
     """Also where the tests run behind a shell's ``&`` or nohup: tests/conftest.py."""
     program = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "True\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked on Linux only")
+def test_ranks_of_a_nursery_that_died_cost_no_later_ones() -> None:
+    nursery = Nursery()
+    try:
+        lost = World(1, nursery)
+        assert nursery._process is not None
+        nursery._process.kill()
+        nursery._process.wait()
+        later = World(1, nursery)
+        assert not lost.alive
+        assert len(later.run(cases.who)) == 1
+        lost.close()
+        later.close()
+    finally:
+        nursery.close()

@@ -555,8 +555,11 @@ def _be_nursery(fd: int) -> None:
                     _be_forked_rank(fds[0], me, *rest)
                 os.close(fds[0])
             else:
-                ended, status = os.waitpid(rest[0], os.WNOHANG)
-                answer = os.waitstatus_to_exitcode(status) if ended else None
+                try:
+                    ended, status = os.waitpid(rest[0], os.WNOHANG)
+                    answer = os.waitstatus_to_exitcode(status) if ended else None
+                except ChildProcessError:  # of a nursery before this one, which took its ranks with it
+                    answer = -signal.SIGKILL
             channel.send(pickle.dumps(answer))
 
 
