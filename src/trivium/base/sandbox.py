@@ -1,14 +1,20 @@
 """Run a jinja2 template that nobody vouches for: sandboxed, with caps on its size, its output, its steps and its time.
 
 Chat templates come with model folders and tokenizers; training and inference both run them, through this one sandbox.
+
+[Note: weights]
+A list that holds another one twice is small, but its text is not: forty such lists in each other would be written for
+ever. So every list, tuple and mapping that a template makes is weighed as if nothing in it were shared, and refused
+beyond the cap on values. Nothing that was weighed can change; a namespace can, and may stand in nothing else.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -18,6 +24,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer, NodeVisitor
 
 from trivium.base.errors import ConfigError, DataError
@@ -29,6 +36,8 @@ _GROWING = frozenset(
         *("xmlattr", "batch", "slice", "urlize", "pprint", "random", "forceescape"),
     )
 )
+_HEAVY = 10_000
+_SEPARATORS_CHARS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,17 +65,42 @@ class _Budget:
         self.caps = caps
         self._left = caps.steps
         self._deadline = time.monotonic() + caps.seconds
+        self._weights: dict[int, tuple[int, Any]] = {}  # what was weighed stays alive: its id is nobody else's
 
     def tick(self) -> None:
         self._left -= 1
         if self._left < 0:
             raise Exceeded(f"more than {self.caps.steps} steps")
-        if self._left % 64 == 0 and time.monotonic() > self._deadline:
+        if self._left % 64 == 0:
+            self._look_at_the_clock()
+
+    def _look_at_the_clock(self) -> None:
+        if time.monotonic() > self._deadline:
             raise Exceeded(f"more than {self.caps.seconds} s")
 
     def bound(self, size: int) -> None:
         if size > self.caps.output_chars:
             raise Exceeded(f"a value of more than {self.caps.output_chars} characters")
+
+    def made(self, value: Any) -> Any:
+        """``value``, which the template has made; see [Note: weights]."""
+        self.bound(self._weigh(value))
+        return value
+
+    def _weigh(self, value: Any) -> int:
+        if isinstance(value, str):
+            return len(value)
+        if isinstance(value, Namespace):
+            raise Exceeded("a namespace inside something else")
+        if not isinstance(value, (list, tuple, Mapping, KeysView, ValuesView, ItemsView)):
+            return 1
+        if id(value) not in self._weights:
+            parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+            weight = 1 + sum(self._weigh(part) for part in parts)
+            if weight > _HEAVY:
+                self._look_at_the_clock()
+            self._weights[id(value)] = (weight, value)
+        return self._weights[id(value)][0]
 
     def each(self, items: Iterable[Any]) -> Iterator[Any]:
         for item in items:
@@ -83,6 +117,8 @@ def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, 
     if indent is not None and not 0 <= indent <= 16:
         raise Exceeded(f"tojson with indent={indent}")
     separators = options.get("separators")
+    if separators is not None and sum(len(str(one)) for one in separators) > _SEPARATORS_CHARS:
+        raise Exceeded("tojson with separators that long")
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -116,9 +152,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             extensions=[_Generation, "jinja2.ext.loopcontrols"],
         )
         self.budget = budget
-        namespace = self.globals["namespace"]
         self.globals = {
-            "namespace": namespace,
+            "namespace": self._namespace,
             "dict": dict,
             "range": self._range,
             "raise_exception": _refuse,
@@ -131,6 +166,20 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             "indent": self._indent,
             "counted": budget.each,
         }
+        self.filters = {name: self._weighed(one) for name, one in self.filters.items()} | {"made": budget.made}
+
+    def _weighed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def weighed(*args: Any, **kwargs: Any) -> Any:
+            return self._made(function(*args, **kwargs))
+
+        return weighed
+
+    def _made(self, found: Any) -> Any:
+        return found if isinstance(found, Namespace) else self.budget.made(found)
+
+    def _namespace(self, *args: Any, **kwargs: Any) -> Namespace:
+        return Namespace(self.budget.made(dict(*args, **kwargs)))
 
     def _range(self, *bounds: int) -> Iterator[int]:
         return self.budget.each(range(*bounds))
@@ -171,7 +220,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise Exceeded("a power above 64")
         elif operator in ("*", "**") and any(abs(value) > 1 << 40 for value in (left, right)):
             raise Exceeded("a product of huge numbers")
-        return super().call_binop(context, operator, left, right)
+        return self.budget.made(super().call_binop(context, operator, left, right))
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Count a call; methods of strings are bounded as the filters are."""
@@ -183,7 +232,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             return self._replace(owner, *args[2:], **kwargs)
         if isinstance(owner, str) and name == "join":
             return self._join(args[2], owner)
-        return super().call(*args, **kwargs)
+        return self._made(super().call(*args, **kwargs))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """Count an access; methods that grow a string are not there."""
@@ -204,6 +253,34 @@ class _CountedLoops(NodeVisitor):
     def visit_For(self, node: nodes.For) -> None:
         self.generic_visit(node)
         node.iter = nodes.Filter(node.iter, "counted", [], [], None, None).set_lineno(node.lineno)
+
+
+class _WeighedValues(NodeTransformer):
+    """Wraps lists, tuples and mappings, and what a namespace is given, in the filter that weighs them."""
+
+    def visit_List(self, node: nodes.List) -> nodes.Expr:
+        self.generic_visit(node)
+        return _made(node)
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Expr:
+        self.generic_visit(node)
+        return _made(node)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:
+        self.generic_visit(node)
+        return _made(node) if node.ctx == "load" else node
+
+    def visit_Assign(self, node: nodes.Assign) -> nodes.Assign:
+        self.generic_visit(node)
+        if node.find(nodes.NSRef) is not None:
+            node.node = _made(node.node)
+        return node
+
+
+def _made(node: nodes.Node) -> nodes.Expr:
+    made = nodes.Filter(node, "made", [], [], None, None)
+    made.set_lineno(node.lineno)
+    return made
 
 
 class _JoinsAsSums(NodeTransformer):
@@ -257,6 +334,6 @@ class SandboxedTemplate:
         try:
             tree = sandbox.parse(self.text)
             _CountedLoops().visit(tree)
-            return sandbox.compile(_JoinsAsSums().visit(tree))
+            return sandbox.compile(_WeighedValues().visit(_JoinsAsSums().visit(tree)))
         except (jinja2.TemplateError, RecursionError) as error:
             raise DataError(f"{self._source} does not compile: {error or type(error).__name__}") from error
