@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trivium import zero
-from trivium.base.errors import TriviumError
+from trivium.base.errors import ConfigError, TriviumError
 from trivium.dist.mesh import Mesh
 
 
@@ -132,3 +132,21 @@ def writes_that_break_off(mesh: Mesh, stage: int, dtype: torch.dtype) -> tuple[b
     if expected:
         expected["0.weight"].fill_(0.5)
     return all(torch.equal(found[name], expected[name]) for name in expected), said
+
+
+def steps_inside(mesh: Mesh, stage: int) -> tuple[str, bool]:
+    """What a step says inside `gathered`, and whether the same step goes through after it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4))
+    model, optimizer = zero.shard(model, torch.optim.SGD(model.parameters(), lr=0.5), mesh, stage=stage)
+    before = [tensor.clone() for _, tensor in zero.iter_full(model)]
+    model(torch.ones(1, 4)).sum().backward()
+    said = ""
+    with zero.gathered(model):
+        try:
+            optimizer.step()
+        except ConfigError as error:
+            said = str(error)
+    optimizer.step()
+    after = [tensor.clone() for _, tensor in zero.iter_full(model)]
+    return said, all(torch.equal(old - 0.5, new) for old, new in zip(before, after, strict=True))

@@ -61,3 +61,9 @@ def test_values_that_mean_nothing_are_refused_by_name(options: dict[str, Any]) -
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_what_was_written_stays_where_the_block_breaks_off(world: Any, stage: int, dtype: torch.dtype) -> None:
     assert world(2).run(CASES, "writes_that_break_off", stage, dtype) == [(True, "half-way")] * 2
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_inside_a_gathered_block_is_refused(world: Any, stage: int) -> None:
+    for said, moved in world(2).run(CASES, "steps_inside", stage):
+        assert "leave the block first" in said and moved

@@ -111,12 +111,17 @@ class ZeroOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update this rank's segments, then bring the parameters up to date everywhere. Skipped when a gradient is
-        not finite."""
+        not finite. Raises ConfigError inside `gathered`, whose values would replace what the step wrote."""
         loss: float | None = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         engine = self._engine
+        if any(unit.pins for unit in engine.units):
+            raise ConfigError(
+                "optimizer.step() inside `with trivium.zero.gathered(…):`, whose values are kept at its end and would "
+                "replace what the step wrote: leave the block first"
+            )
         engine.come_to(Meeting.STEP)
         finite = engine.finite
         if finite:
