@@ -120,6 +120,10 @@ def test_gates_must_weigh_alike_to_begin_as_layers(gate: GateConfig) -> None:
     theirs, ours = (replace(SHAPE, moe=MoEConfig(experts=4, gate=one)) for one in (GateConfig(), gate))
     with pytest.raises(ConfigError, match=r"the teacher has moe\.gate\."):
         pair_layers(theirs, ours)
+    said = replace(SHAPE, moe=MoEConfig(experts=4, top_k=2, gate=GateConfig(renormalize=True)))
+    assert pair_layers(replace(SHAPE, moe=MoEConfig(experts=4, top_k=2)), said) == (0, 1, 2, 3)
+    with pytest.raises(ConfigError, match=r"moe\.gate\.renormalize=False, the student True"):
+        pair_layers(theirs, replace(SHAPE, moe=MoEConfig(experts=4, top_k=2)))
     noisy = replace(SHAPE, moe=MoEConfig(experts=4, gate=GateConfig(jitter=0.1, bias_rate=0.01)))
     assert pair_layers(theirs, noisy) == (0, 1, 2, 3)  # what it draws and learns in training is its own
 

@@ -126,7 +126,7 @@ def _experts(found: Found) -> dict[str, Any]:
         last, loss = one["validation"][-1]
         at = reached(found["moe"][seed]["validation"], loss)
         steps[seed] = {"dense": last, "loss": loss, "moe": None if at is None else round(at, 1)}
-    arrived = [one["dense"] / one["moe"] for one in steps.values() if one["moe"]]
+    arrived = [one["dense"] / one["moe"] for one in steps.values() if one["moe"] is not None]
     return {
         "title": _TOLD["a"],
         "final": _losses(found, CLAIMS["a"]),
@@ -199,7 +199,8 @@ def lines(report: Mapping[str, Any]) -> Sequence[str]:
 
 
 def _arrival(one: Mapping[str, Any]) -> str:
-    at = "; ".join(f"{seed['moe'] or 'not within'} of {seed['dense']}" for seed in one["steps"].values())
+    steps = one["steps"].values()
+    at = "; ".join(f"{'not within' if seed['moe'] is None else seed['moe']} of {seed['dense']}" for seed in steps)
     fewer = one["fewer_steps"]
     if fewer is None:
         return f"moe reaches dense's final loss at step {at}: not for every seed"

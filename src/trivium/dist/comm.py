@@ -54,8 +54,11 @@ class Link:
         ``nearby``: exchange rows with the ranks of this host from memory to memory, where the kernel permits it.
         """
         mine = own_seat()
-        seats = [Seat(*told) for told in world.all_gather_json([mine.host, mine.pid, mine.space])]
+        told = world.all_gather_json([mine.host, mine.pid, mine.space, nearby])
+        seats = [Seat(*one[:3]) for one in told]
         self._watch = Watch(seats)
+        if not any(one[3] for one in told):
+            return
         beside = {
             rank: seat.pid
             for rank, seat in enumerate(seats)

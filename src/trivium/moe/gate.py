@@ -52,6 +52,10 @@ class GateConfig:
         if not (math.isfinite(self.bias_rate) and self.bias_rate >= 0):
             raise ConfigError(f"gate.bias_rate={self.bias_rate}: expected 0 (no bias) or more, say 0.001")
 
+    def renormalizes(self, top_k: int) -> bool:
+        """Whether a token's chosen scores are divided by their sum, where it chooses ``top_k``."""
+        return top_k > 1 if self.renormalize is None else self.renormalize
+
     def check(self, num_experts: int, top_k: int) -> int:
         """How many groups a token may choose from; ConfigError where the settings do not go with these numbers."""
         if self.renormalize and top_k == 1:
@@ -113,7 +117,7 @@ class Gate(nn.Module):
             raise ConfigError(f"top_k={top_k}: expected 1 to num_experts={num_experts}")
         self.top_groups = config.check(num_experts, top_k)
         self.config, self.top_k, self.seed, self.layer = config, top_k, seed, layer
-        self.renormalize = top_k > 1 if config.renormalize is None else config.renormalize
+        self.renormalize = config.renormalizes(top_k)
         weight_dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=weight_dtype))
         bias = torch.zeros(num_experts, device=device, dtype=torch.float32) if config.bias_rate else None

@@ -46,8 +46,10 @@ def _widths(teacher: DecoderConfig, student: DecoderConfig) -> list[tuple[str, o
         ]
         pairs += [
             (f"moe.gate.{key}", getattr(teacher.moe.gate, key), getattr(student.moe.gate, key))
-            for key in ("score", "renormalize", "scale", "num_groups", "top_groups")  # what its weights mean
+            for key in ("score", "scale", "num_groups", "top_groups")  # what its weights mean
         ]
+        theirs, own = (moe.gate.renormalizes(moe.top_k) for moe in (teacher.moe, student.moe))
+        pairs.append(("moe.gate.renormalize", theirs, own))
     return pairs
 
 

@@ -125,9 +125,10 @@ def _check(config: TrainConfig, decoder: DecoderConfig) -> None:
     if folder is None:
         return
     told, shape = _saved(folder, "config"), _saved(folder, "model")
-    changed = {} if told is None else changes(told, configs.to_dict(config))
+    changed = {} if told is None else changes(completed(TrainConfig, told), configs.to_dict(config))
     if shape is not None:  # what a preset stands for, too
-        changed |= {f"model.{key}": pair for key, pair in configs.diff(shape, configs.to_dict(decoder)).items()}
+        differ = configs.diff(completed(DecoderConfig, shape), configs.to_dict(decoder))
+        changed |= {f"model.{key}": pair for key, pair in differ.items()}
     lines = "\n  ".join(f"{key}: {was!r} → {now!r}" for key, (was, now) in changed.items())
     fixed = [key for key in changed if key.startswith(_FIXED) and key not in _FREE]
     if fixed:
@@ -143,6 +144,14 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[A
     """What differs in a way that is worth a word: not where the run lies or how it is resumed."""
     quiet = ("run", "checkpoint.resume")
     return {key: pair for key, pair in configs.diff(old, new).items() if key not in quiet}
+
+
+def completed(kind: type[Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """``saved``, with the defaults of settings that are younger than it; as it is where some are not known any more."""
+    try:
+        return configs.to_dict(configs.build(kind, saved))
+    except ConfigError:
+        return saved
 
 
 def _saved(folder: Path, what: str) -> dict[str, Any] | None:

@@ -62,7 +62,7 @@ def _moe(moe: MoEConfig, ffn_dim: int, experts: int) -> Moe:
         gated=gated,
         bias=not gated,
         scores=gate.score,
-        renormalise=moe.top_k > 1 if gate.renormalize is None else gate.renormalize,
+        renormalise=gate.renormalizes(moe.top_k),
         scale=gate.scale,
         correction=gate.bias_rate > 0,
         groups=groups,
