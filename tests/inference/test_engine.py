@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.inference.toy import VOCABULARY, Answers, ToyExecutor, ask, engine
+from tests.inference.toy import SPEC, VOCABULARY, Answers, ToyExecutor, ask, engine
 from trivium.base.errors import CapacityError
+from trivium.inference.cache import PagedCache
+from trivium.inference.engine import Engine, EngineConfig
 from trivium.inference.request import ContextLengthError, RequestError
+from trivium.kernels.program import Batch, Cache, Output
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9], [2], list(range(1, 27)), [2, 7, 1, 8, 2, 8]]
 
@@ -227,6 +232,36 @@ def test_i20_what_a_cancelled_prompt_left_is_not_found() -> None:
     assert small.stats.preemptions == 1 and small.cancel("bad")
     answers.run()
     assert Answers(small).run(ask("again", [39] * 50)).last("again").cached_tokens == 0
+
+
+def test_i20_cancelling_what_only_waited_forgets_nothing() -> None:
+    small = engine(blocks=16)
+    shared = list(range(1, 9))
+    Answers(small).run(ask("before", shared))
+    answers = Answers(small).run(ask("long", [20] * 40, max_tokens=10), ask("waits", shared + [21] * 24), steps=1)
+    kept = small.stats.blocks_remembered
+    assert small.stats.waiting == 1 and small.cancel("waits")
+    assert small.stats.blocks_remembered == kept
+    answers.run(steps=0)
+    assert Answers(small).run(ask("again", [*shared, 7])).last("again").cached_tokens == 8
+
+
+def test_i9_what_a_poisoned_request_left_behind_its_window_is_not_found() -> None:
+    class Ends(ToyExecutor):
+        def run(self, batch: Batch, caches: Sequence[Cache]) -> Output:
+            output = super().run(batch, caches)
+            output.logits[batch.token_ids[batch.output_rows] == 39] = float("nan")
+            return output
+
+    cache = PagedCache([replace(SPEC, window=5)], num_blocks=16, block_size=4, dtype="float32")
+    config = EngineConfig(max_sequences=2, step_tokens=8)
+    windowed = Engine(Ends(period=4), cache, vocabulary=VOCABULARY, max_positions=200, config=config)
+    bad = [*range(1, 30), 39]
+    answers = Answers(windowed).run(ask("bad", bad), steps=2)
+    assert windowed.stats.blocks_remembered == 4 and windowed.stats.blocks_free > 12
+    answers.run()
+    assert answers.last("bad").finish_reason == "error"
+    assert windowed.stats.blocks_remembered == 0
 
 
 def test_what_was_cancelled_before_a_step_that_raises_is_told() -> None:

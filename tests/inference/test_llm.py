@@ -142,6 +142,11 @@ def test_routing_comes_back_and_can_be_replayed(make: Callable[..., LLM]) -> Non
     assert torch.allclose(llm.logits(PROMPT, routing=chosen), plain, atol=1e-5)
     other = tuple((experts + 1) % 4 for experts in chosen)
     assert not torch.allclose(llm.logits(PROMPT, routing=other), plain, atol=1e-3)
+    fresh = make(model, step_tokens=65)
+    fresh.logits(PROMPT, routing=other)
+    assert fresh.stats.blocks_remembered == 0, "what forced experts computed is nobody else's prefix"
+    fresh.logits(PROMPT)
+    assert fresh.stats.blocks_remembered > 0
     with pytest.raises(RequestError, match=r"expected 1 layers of \[20, k\]"):
         llm.logits(PROMPT, routing=(chosen[0][:3],))
     strided = torch.stack((other[0], chosen[0]), dim=2)[:, :, 1]

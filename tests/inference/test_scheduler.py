@@ -81,11 +81,13 @@ class Toy:
         if not piece.last:
             self.scheduler.advance(piece, [])
             return
+        ends = range(piece.start + piece.count, piece.start + piece.count + len(piece.drafts) + 1)
+        rows = [self._read(sequence, end) for end in ends]  # as a model's: before anyone forks
         group = [sequence, *self.scheduler.fork(sequence)]
         for member in group:
             new: list[int] = []
-            for index in range(len(piece.drafts) + 1):
-                new.append(self._next(self._read(member, piece.start + piece.count + index), member.choice))
+            for index, row in enumerate(rows):
+                new.append(self._next(row, member.choice))
                 if index < len(piece.drafts) and new[-1] != piece.drafts[index]:
                     break
             if member is sequence:
@@ -276,6 +278,20 @@ def test_blocks_behind_the_window_are_given_back_and_the_last_ones_found_again()
     while not toy.scheduler.idle:
         toy.step()
     assert toy.done["again", 0] == toy.done["long", 0]
+
+
+def test_choices_begin_with_the_window_alone() -> None:
+    """The leader's last step read further back; what only it needed must not count for those that fork."""
+    prompt = [token % 3 for token in range(20)]
+    for prefixes in (False, True):
+        scheduler = Scheduler(BlockPool(3, 4), max_sequences=3, step_tokens=5, window=5, prefix_cache=prefixes)
+        toy = Toy(scheduler)
+        leader, follower = scheduler.add("r", prompt, max_tokens=24, choices=2)
+        while not scheduler.idle:
+            toy.step()
+            assert leader.preemptions == 0
+            assert len(follower.held) <= scheduler.most_held(24) == 3
+        assert [toy.done["r", choice] for choice in range(2)] == [expected(prompt, 24, c, 5) for c in range(2)]
 
 
 def test_what_can_never_fit_is_refused_at_once() -> None:

@@ -121,6 +121,8 @@ class Engine:
             choices=params.n,
             rows_from=0 if all_rows else None,
         )
+        for sequence in sequences:
+            sequence.private = request.routing is not None
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         try:
             choices = [
@@ -318,6 +320,7 @@ class Engine:
         pool = self._scheduler.pool
         self.cache.clear([block for block in blocks if not pool.shared(block)])
         pool.forget(blocks)
+        self._scheduler.distrust(choice.sequence)
         deltas.append(choice.delta("", [], reason="error", error=error))
         self._end(choice, "error")
 

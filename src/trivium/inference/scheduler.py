@@ -39,7 +39,7 @@ class Sequence:
     ``tokens`` are the prompt's and the answer's; the cache holds positions below ``num_computed``. ``max_tokens``
     bounds both together. The first ``num_behind`` of ``blocks`` are behind the window: HOLE. From ``rows_from`` on each
     row of the model's output is wanted (None: only the last one), so that those positions are never taken from the
-    prefix cache. ``drafts`` are guesses of the tokens to come.
+    prefix cache. Nothing ``private`` is put there: more than its tokens decided it. ``drafts``: guesses of what comes.
     """
 
     request_id: str
@@ -59,6 +59,7 @@ class Sequence:
     num_published: int = 0
     num_behind: int = 0
     preemptions: int = 0
+    private: bool = False
 
     def __lt__(self, other: Sequence) -> bool:
         return self.order < other.order
@@ -187,33 +188,27 @@ class Scheduler:
     def advance(self, piece: Piece, new_tokens: list[int]) -> None:
         """A computed piece: all but the last of ``new_tokens`` were its drafts (none: it was not last)."""
         sequence = piece.sequence
-        sequence.num_computed = piece.start + piece.count + max(0, len(new_tokens) - 1)
         sequence.tokens.extend(new_tokens)
+        self._computed(sequence, piece.start + piece.count + max(0, len(new_tokens) - 1))
         if sequence.rows_from is not None:
             sequence.rows_from = max(sequence.rows_from, sequence.num_computed)
-        self._publish(sequence)
         if piece.drafts:
             keep = -(-len(sequence.tokens) // self.pool.block_size)
             self.pool.release(reversed(sequence.blocks[keep:]))
             del sequence.blocks[keep:]
-        if self.window is not None:
-            behind = max(0, sequence.num_computed - self.window + 1) // self.pool.block_size
-            if behind > sequence.num_behind:
-                self.pool.release(sequence.blocks[sequence.num_behind : behind])
-                sequence.blocks[sequence.num_behind : behind] = [HOLE] * (behind - sequence.num_behind)
-                sequence.num_behind = behind
 
     def fork(self, leader: Sequence) -> list[Sequence]:
         """The followers of a leader whose prompt is computed, now running on its blocks."""
         followers, leader.followers = leader.followers, []
         for follower in followers:
+            self._computed(leader, leader.num_prompt)
             self.pool.share(leader.held)
             follower.blocks = list(leader.blocks)
             follower.num_behind = leader.num_behind
             follower.digests = list(leader.digests)
             follower.num_published = leader.num_published
             follower.rows_from = None
-            follower.num_computed = leader.num_prompt
+            follower.num_computed = leader.num_computed
             follower.num_cached = leader.num_cached
             follower.state = State.RUNNING
             insort(self.running, follower)
@@ -235,8 +230,9 @@ class Scheduler:
 
     def distrust(self, sequence: Sequence) -> None:
         """Take out of the prefix cache what the sequence put there, also before it gave way to another."""
-        for digest in sequence.digests[sequence.num_cached // self.pool.block_size :]:
-            self.pool.forget(self.pool.match([digest]))
+        if sequence.preemptions or sequence.state is State.RUNNING:
+            for digest in sequence.digests[sequence.num_cached // self.pool.block_size :]:
+                self.pool.forget(self.pool.match([digest]))
 
     def sequences(self) -> Iterator[Sequence]:
         """All that are not finished."""
@@ -381,16 +377,20 @@ class Scheduler:
             sequence.blocks.extend(self.pool.allocate(short))
         return Piece(sequence, sequence.num_computed, 1, True, drafts)
 
-    def _publish(self, sequence: Sequence) -> None:
-        """Make the newly filled blocks findable."""
-        if not self.prefix_cache:
-            return
-        full = sequence.num_computed // self.pool.block_size
-        if full > sequence.num_published:
+    def _computed(self, sequence: Sequence, upto: int) -> None:
+        """The cache holds the positions below ``upto``: full blocks can be found, those behind the window go back."""
+        sequence.num_computed = upto
+        full = upto // self.pool.block_size
+        if self.prefix_cache and not sequence.private and full > sequence.num_published:
             self._extend_digests(sequence, full)
             for index in range(sequence.num_published, full):
                 self.pool.publish(sequence.blocks[index], sequence.digests[index])
             sequence.num_published = full
+        behind = 0 if self.window is None else max(0, upto - self.window + 1) // self.pool.block_size
+        if behind > sequence.num_behind:
+            self.pool.release(sequence.blocks[sequence.num_behind : behind])
+            sequence.blocks[sequence.num_behind : behind] = [HOLE] * (behind - sequence.num_behind)
+            sequence.num_behind = behind
 
     def _extend_digests(self, sequence: Sequence, full: int) -> None:
         size = self.pool.block_size
