@@ -238,7 +238,7 @@ def test_i20_cancelling_what_only_waited_forgets_nothing() -> None:
     small = engine(blocks=16)
     shared = list(range(1, 9))
     Answers(small).run(ask("before", shared))
-    answers = Answers(small).run(ask("long", [20] * 40, max_tokens=10), ask("waits", shared + [21] * 24), steps=1)
+    answers = Answers(small).run(ask("long", [20] * 40, max_tokens=10), ask("waits", shared + [21] * 24), steps=3)
     kept = small.stats.blocks_remembered
     assert small.stats.waiting == 1 and small.cancel("waits")
     assert small.stats.blocks_remembered == kept
