@@ -206,6 +206,14 @@ def test_model_still_loading(visit: Visit, stub: PageServer) -> None:
     assert visit.page.locator(".notice").count() == 0
 
 
+TITLES = """() => new Promise((resolve) => {
+  indexedDB.open("trivium").onsuccess = ({ target: { result } }) => {
+    const all = result.transaction("conversations").objectStore("conversations").getAll();
+    all.onsuccess = () => (result.close(), resolve(all.result.map((each) => each.title)));
+  };
+})"""
+
+
 def test_several_chats_at_once(visit: Visit, stub: PageServer) -> None:
     visit.send("the first chat", SLOW)
     streaming(visit)
@@ -224,6 +232,7 @@ def test_several_chats_at_once(visit: Visit, stub: PageServer) -> None:
     visit.button("Delete “the second chat”").click()
     visit.button("Delete").click()
     visit.page.locator(".chat", has_text="the second chat").wait_for(state="detached")
+    assert visit.page.evaluate(TITLES) == ["renamed"]  # read after what was begun before it: the deletion
     visit.reload()
     assert visit.page.locator(".chat-title").all_inner_texts() == ["renamed"]
 

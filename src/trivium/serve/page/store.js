@@ -134,11 +134,17 @@ export class Store {
   }
 
   async remove(meta) {
-    const messages = await this.messages(meta.id);
     this.memory.conversations.delete(meta.id);
-    await this.removeMessages(messages.map((each) => each.id));
+    for (const [id, message] of this.memory.messages) {
+      if (message.conversation === meta.id) this.memory.messages.delete(id);
+    }
     try {
-      await this.#do(["conversations"], "readwrite", (records) => void records.delete(meta.id));
+      // One transaction, begun at once: a page that goes away meanwhile does not bring half of it back.
+      await this.#do(["conversations", "messages"], "readwrite", (conversations, messages) => {
+        conversations.delete(meta.id);
+        const keys = messages.index("conversation").getAllKeys(meta.id);
+        keys.onsuccess = () => keys.result.forEach((key) => messages.delete(key));
+      });
     } catch {
       // nothing was stored: memory was all there is
     }
