@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -159,19 +160,31 @@ def test_hostile_text_stays_text(page: Any, text: str) -> None:
 def test_pathological_text_takes_linear_time(page: Any, name: str) -> None:
     """What is quadratic takes minutes for 100,000 characters; what is linear well under a second on a quiet core."""
     unit = PATHS[name]
-    small, large = page.evaluate(
-        """async (texts) => {
-          const { markdown } = await import("/markdown.js");
-          return texts.map((text) => {
-            const start = performance.now();
-            markdown(document.createElement("div"), text);
-            return performance.now() - start;
-          });
-        }""",
-        [unit * (length // len(unit)) for length in (25_000, 100_000)],
-    )
-    # Four times the text: 4 times the time if linear, 16 times if quadratic; short times are not compared.
+    texts = [unit * (length // len(unit)) for length in (25_000, 100_000)]
+    until = time.monotonic() + 120
+    small, large = took(page, texts)
+    # Four times the text: 4 times the time if linear, 16 times if quadratic; short times are not compared. What is not
+    # linear never is; a core that was taken away comes back.
+    while large >= max(1000, 9 * small) and time.monotonic() < until:
+        small, large = took(page, texts)
     assert large < max(1000, 9 * small), f"{small:.0f} ms for 25,000 characters of {unit!r}, {large:.0f} ms for 100,000"
+
+
+def took(page: Any, texts: list[str]) -> list[float]:
+    """Milliseconds for each of the texts."""
+    return list(
+        page.evaluate(
+            """async (texts) => {
+              const { markdown } = await import("/markdown.js");
+              return texts.map((text) => {
+                const start = performance.now();
+                markdown(document.createElement("div"), text);
+                return performance.now() - start;
+              });
+            }""",
+            texts,
+        )
+    )
 
 
 def test_back_ticks_of_every_length(page: Any) -> None:
