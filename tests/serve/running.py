@@ -114,7 +114,7 @@ def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def eventually(true: Callable[[], object], within_s: float = 30.0) -> None:
+def eventually(true: Callable[[], object], within_s: float = 120.0) -> None:
     """Wait for ``true``. Fails when it does not come; how soon it comes is for ``trivium bench serve`` to say."""
     started = time.monotonic()
     while not true():
