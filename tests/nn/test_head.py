@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.allocated import allocated
 from trivium.base.errors import ConfigError
 from trivium.nn import Head
 
@@ -149,19 +150,12 @@ def test_bad_input():
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_one_chunk_of_logits_lives_at_a_time(backward):
-    from torch.profiler import ProfilerActivity, profile
-
     head = Head(8, 4096, chunk_tokens=64)
     x, targets = torch.randn(512, 8).requires_grad_(), torch.zeros(512, dtype=torch.int64)
     loss = head(x, targets) if backward else None
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with allocated() as seen:
         if loss is None:
             loss = head(x, targets)
         else:
             loss.backward()
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events):
-        live += change
-        peak = max(peak, live)
-    assert 64 * 4096 * 4 <= peak < 1.5 * 64 * 4096 * 4
+    assert 64 * 4096 * 4 <= seen.peak_bytes < 1.5 * 64 * 4096 * 4

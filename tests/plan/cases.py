@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
+from tests.allocated import allocated
 from trivium import zero
 from trivium.models import DecoderConfig, build
 from trivium.plan import Batch, Plan, Setting, forecast, inventory_of, take
@@ -107,7 +107,7 @@ def live_peak(mesh: Any, config: DecoderConfig, dtype: torch.dtype, stage: int, 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     tokens = torch.randint(0, config.vocabulary, (batch.rows, batch.sequence))
     documents = (torch.arange(batch.sequence) > batch.sequence // 2).long().expand(batch.rows, -1)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with allocated() as seen:
         model, optimizer = zero.shard(model, optimizer, mesh, stage=stage, average=False)
         for _ in range(3):
             loss = model(
@@ -121,19 +121,10 @@ def live_peak(mesh: Any, config: DecoderConfig, dtype: torch.dtype, stage: int, 
             optimizer.step()
             optimizer.zero_grad()
             del loss
-    changes = sorted(
-        (event.start_ns(), event.nbytes())
-        for event in seen.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    )
-    live = peak = 0
-    for _, num_bytes in changes:
-        live += num_bytes
-        peak = max(peak, live)
     setting = Setting(
         ranks=mesh.size, rank=mesh.rank, zero=ZeroConfig(stage=stage, average=False), dtype=dtype, batch=batch
     )
-    return peak, forecast(inventory_of(config, dtype), setting, config).memory.total
+    return seen.peak_bytes, forecast(inventory_of(config, dtype), setting, config).memory.total
 
 
 def _recomputed(block: Any, *arguments: Any) -> Any:

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from tests.allocated import allocated
 from trivium import zero
 from trivium.dist.mesh import Mesh
 from trivium.models import DecoderConfig, MoEConfig, Record, build
@@ -85,7 +85,7 @@ def live_peak(mesh: Any, config: DecoderConfig, ep: int, stage: int, batch: Batc
     model = build(config, device="meta", seed=0, mesh=spread, ep=ep)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     tokens = torch.randint(0, config.vocabulary, (batch.rows, batch.sequence))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with allocated() as seen:
         model, optimizer = zero.shard(model, optimizer, spread, stage=stage, average=False)
         for _ in range(3):
             run_block = recomputed if batch.recompute else None
@@ -94,10 +94,5 @@ def live_peak(mesh: Any, config: DecoderConfig, ep: int, stage: int, batch: Batc
             optimizer.step()
             optimizer.zero_grad()
             del loss
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events):
-        live += change
-        peak = max(peak, live)
     setting = Setting(ranks=mesh.size, rank=mesh.rank, zero=ZeroConfig(stage=stage, average=False), batch=batch, ep=ep)
-    return peak, forecast(inventory_of(config, ep=ep, rank=mesh.rank), setting, config).memory.total
+    return seen.peak_bytes, forecast(inventory_of(config, ep=ep, rank=mesh.rank), setting, config).memory.total

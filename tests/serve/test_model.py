@@ -17,14 +17,12 @@ import torch
 
 from tests.serve.running import Answer, Running, eventually, read_all, running, user
 from tests.serve.test_connections import connect, head
-from trivium import checkpoint
 from trivium.bench.serve_client import Target, closed_loop
+from trivium.bench.serve_model import write
 from trivium.inference import LLM, SamplingParams
-from trivium.models import Decoder, DecoderConfig
-from trivium.models.families import LLAMA
+from trivium.models import DecoderConfig
 from trivium.serve.limits import Limits
 from trivium.serve.load import serve_model
-from trivium.train.data.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.timeout(120)
 TEXTS = ["the cat sat on the mat, and the dog ran after it. ", '{"name": "Anna", "age": 7} <|user|> [1, 2]\n'] * 3
@@ -39,19 +37,10 @@ TEMPLATE = (
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model in Hugging Face's layout, with random weights that matter and a byte-level tokenizer."""
     path = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = Tokenizer.train(TEXTS, vocabulary=300)
     config = DecoderConfig(
         vocabulary=304, dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=64, max_positions=256, tied=True
     )
-    model = Decoder(config)
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 1.5 * weight.shape[-1] ** -0.5, generator=draw)
-    theirs = LLAMA.to_hugging_face(config, dtype="float32") | {"eos_token_id": tokenizer.end_id}
-    checkpoint.save_hugging_face(model, path, config=theirs, names=LLAMA.to_theirs)
-    tokenizer.save(path)
+    write(path, config, TEXTS, words=300)
     told = json.loads((path / "tokenizer_config.json").read_text())
     (path / "tokenizer_config.json").write_text(json.dumps(told | {"chat_template": TEMPLATE}))
     return path

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import trivium as tv
+from tests.allocated import allocated
 from tests.zero import oracle, zoo
 from tests.zero.cases import compare_with, message_of
 from tests.zero.oracle import Cell
@@ -112,18 +112,9 @@ def born_in_parts(mesh: Any) -> tuple[int, int, int]:
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(24)))
     optimizer = torch.optim.AdamW(model.parameters())
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with allocated() as seen:
         model, optimizer = tv.zero.shard(model, optimizer, mesh, stage=3)
-    changes = sorted(
-        (event.start_ns(), event.nbytes())
-        for event in seen.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    )
-    live = peak = 0
-    for _, num_bytes in changes:
-        live += num_bytes
-        peak = max(peak, live)
-    return peak, tv.zero.meter_of(model).live_bytes("parameters"), 4 * 256 * 257
+    return seen.peak_bytes, tv.zero.meter_of(model).live_bytes("parameters"), 4 * 256 * 257
 
 
 def low_precision(mesh: Any, dtype: torch.dtype, reduce_dtype: str, gradient_dtype: str) -> list[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +12,8 @@ from trivium.base.errors import ConfigError
 from trivium.cli.bench_inference import inference
 from trivium.cli.bench_quality import quality
 from trivium.cli.bench_serve import serve
-from trivium.cli.output import data_console, print_json, word_console
+from trivium.cli.output import word_console
+from trivium.cli.report import JsonFile, PlotFile, check_folders, keep, tell
 
 
 def register(app: typer.Typer) -> None:
@@ -47,11 +46,12 @@ def zero(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     memory: Annotated[bool, typer.Option(help="Measure peak memory, one launch per contestant.")] = True,
     wire: Annotated[bool, typer.Option(help="Count loopback bytes in a network namespace.")] = True,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report; - for stdout.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a picture (.svg, .png, .pdf).")] = None,
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
 ) -> None:
     """Times are compared within a round only; memory is proportional set size above imports and start-up."""
     log.setup()
+    from trivium.bench.table import table, targets
     from trivium.bench.zero import CONTESTANTS, ZeroBench, run
 
     names = CONTESTANTS if contestants is None else tuple(name.strip() for name in contestants.split(","))
@@ -66,30 +66,19 @@ def zero(
         memory=memory,
         wire=wire,
     )
-    for path in (json_file, plot_file):
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"{path}: the folder {path.parent} does not exist")
+    check_folders(json_file, plot_file)
     words = word_console()
     command = f"trivium bench zero --shape {shape} --ranks {ranks} --rounds {rounds} --steps {steps}"
     command += f" --contestants {shlex.quote(','.join(names))}" if contestants else ""
     command += f" --delay-ms {delay_ms:g}" if delay_ms else ""
     command += f" --device {device}" if device != "cpu" else ""
     report = run(bench, command, words.print)
-    if json_file is not None and str(json_file) != "-":
-        json_file.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    keep(report, json_file)
     if plot_file is not None:
         from trivium.bench.plot import plot
 
         plot(report, plot_file)
-    if str(json_file) == "-":
-        print_json(report)
-        return
-    from trivium.bench.table import table, targets
-
-    data = data_console()
-    data.print(table(report))
-    for line in targets(report):
-        data.print(line)
+    tell(report, json_file, lambda: [table(report), *targets(report)])
 
 
 def moe(
@@ -99,15 +88,14 @@ def moe(
     threads: Annotated[int, typer.Option(help="Threads of the layers (ranks that exchange have one each).")] = 2,
     rounds: Annotated[int, typer.Option(help="Rounds in which every contestant has its turn.")] = 7,
     clock: Annotated[str, typer.Option(help="wall, or cpu (with --threads 1): on a machine that is busy.")] = "wall",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report; - for stdout.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Times are compared within a round only; all layers compute the same, from the same weights."""
     log.setup()
     from trivium.bench.moe import PARTS, MoEBench, lines, run
 
     names = PARTS if parts is None else tuple(name.strip() for name in parts.split(","))
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"{json_file}: the folder {json_file.parent} does not exist")
+    check_folders(json_file)
     if clock not in ("wall", "cpu"):
         raise ConfigError(f"clock={clock!r}: expected 'wall' or 'cpu'")
     bench = MoEBench(parts=names, threads=threads, rounds=rounds, clock="cpu" if clock == "cpu" else "wall")
@@ -115,10 +103,5 @@ def moe(
     command += f" --parts {shlex.quote(','.join(names))}" if parts else ""
     command += f" --clock {clock}" if clock != "wall" else ""
     report = run(bench, command, word_console().print)
-    if json_file is not None and str(json_file) != "-":
-        json_file.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    if str(json_file) == "-":
-        print_json(report)
-        return
-    for line in lines(report):
-        data_console().print(line, soft_wrap=True)
+    keep(report, json_file)
+    tell(report, json_file, lambda: lines(report))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from trivium.base import log
 from trivium.base.errors import ConfigError
-from trivium.cli.output import data_console, print_json, word_console
+from trivium.cli.output import word_console
+from trivium.cli.report import check_folders, keep, tell
 
 
 def inference(
@@ -34,8 +34,7 @@ def inference(
     from trivium.bench.inference import CONTESTANTS, InferenceBench, run
     from trivium.bench.inference_table import lines, table
 
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"{json_file}: the folder {json_file.parent} does not exist")
+    check_folders(json_file)
     if perplexity is not None or text is not None:
         _perplexity(perplexity, text, tokens, threads, json_file)
         return
@@ -45,21 +44,8 @@ def inference(
     bench = InferenceBench(
         shape=shape, rounds=rounds, steps=steps, threads=threads, contestants=names, budget_s=60 * minutes
     )
-
-    def keep(report: dict[str, Any]) -> None:
-        if json_file is not None and str(json_file) != "-":
-            fresh = json_file.with_suffix(".partial")
-            fresh.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-            fresh.replace(json_file)
-
-    report = run(bench, command, word_console().print, keep)
-    if str(json_file) == "-":
-        print_json(report)
-        return
-    data = data_console()
-    data.print(table(report))
-    for line in lines(report):
-        data.print(line, soft_wrap=True)
+    report = run(bench, command, word_console().print, lambda found: keep(found, json_file))
+    tell(report, json_file, lambda: [table(report), *lines(report)])
 
 
 def _perplexity(folder: Path | None, text: Path | None, tokens: int, threads: int, json_file: Path | None) -> None:
@@ -73,10 +59,5 @@ def _perplexity(folder: Path | None, text: Path | None, tokens: int, threads: in
     command = f"trivium bench inference --perplexity {folder.name} --text {text.name}"
     command += f" --tokens {tokens} --threads {threads}"
     report = run(folder, text, tokens, threads, command, word_console().print)
-    if str(json_file) == "-":
-        print_json(report)
-        return
-    if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    for line in lines(report):
-        data_console().print(line, soft_wrap=True)
+    keep(report, json_file)
+    tell(report, json_file, lambda: lines(report))

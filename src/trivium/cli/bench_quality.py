@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +9,8 @@ from typing import Annotated
 import typer
 
 from trivium.base import log
-from trivium.base.errors import ConfigError
-from trivium.cli.output import data_console, print_json, word_console
+from trivium.cli.output import word_console
+from trivium.cli.report import JsonFile, PlotFile, check_folders, keep, tell
 
 
 def quality(
@@ -28,8 +27,8 @@ def quality(
         list[str] | None,
         typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Replace one value in every run; may be repeated."),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report; - for stdout.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a picture (.svg, .png, .pdf).")] = None,
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
 ) -> None:
     """Every run is a `trivium train` or `trivium distill` of its own; called again, it goes on where it stopped."""
     log.setup()
@@ -41,18 +40,11 @@ def quality(
     bench = QualityBench(
         claims=names, seeds=seeds, jobs=jobs, configs=configs, folder=folder, overrides=tuple(set_ or ())
     )
-    for path in (json_file, plot_file):
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"{path}: the folder {path.parent} does not exist")
+    check_folders(json_file, plot_file)
     command = f"trivium bench quality --claim {shlex.quote(claim)} --seeds {seeds} --jobs {jobs}"
     command += "".join(f" --set {shlex.quote(text)}" for text in set_ or ())
     report = run(bench, command, word_console().print)
-    if json_file is not None and str(json_file) != "-":
-        json_file.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    keep(report, json_file)
     if plot_file is not None:
         plot(report, plot_file)
-    if str(json_file) == "-":
-        print_json(report)
-        return
-    for line in lines(report):
-        data_console().print(line, soft_wrap=True)
+    tell(report, json_file, lambda: lines(report))

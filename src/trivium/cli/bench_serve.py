@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
 from trivium.base import log
 from trivium.base.errors import ConfigError
-from trivium.cli.output import data_console, print_json, word_console
+from trivium.cli.output import word_console
+from trivium.cli.report import JsonFile, PlotFile, check_folders, keep, tell
 
 if TYPE_CHECKING:
     from trivium.bench.serve_promises import Promises
@@ -44,21 +45,19 @@ def serve(
     overload_s: Annotated[float, typer.Option(help="With --promises: seconds of overload.")] = 60.0,
     soak_requests: Annotated[int, typer.Option(help="With --promises: least requests of the soak.")] = 10_000,
     soak_s: Annotated[float, typer.Option(help="With --promises: least seconds of the soak.")] = 0.0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report; - for stdout.")] = None,
+    json_file: JsonFile = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the table.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a picture (.svg, .png, .pdf).")] = None,
+    plot_file: PlotFile = None,
 ) -> None:
     """Closed loop and open loop; time to first token, gaps, goodput."""
     log.setup()
-    from trivium.bench.serve import COLUMNS, ServeBench, run, write_csv
+    from trivium.bench.serve import ServeBench, run, write_csv
     from trivium.bench.serve_client import Target
     from trivium.bench.serve_process import started
 
     if (model is not None) + (url is not None) + promises != 1:
         raise ConfigError("bench serve: give either a model to serve, --url of a running server, or --promises")
-    for path in (json_file, csv_file, plot_file):
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"{path}: the folder {path.parent} does not exist")
+    check_folders(json_file, csv_file, plot_file)
     command = shlex.join([os.path.basename(sys.argv[0]), *_shown(sys.argv[1:])])
     if promises:
         from trivium.bench.serve_promises import ROWS, Promises
@@ -88,23 +87,14 @@ def serve(
             ignore_eos=ignore_eos,
         )
         report = run(bench, target, command, words.print)
-    if json_file is not None and str(json_file) != "-":
-        json_file.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    keep(report, json_file)
     if csv_file is not None:
         write_csv(report, csv_file)
     if plot_file is not None:
         from trivium.bench.serve_plot import plot
 
         plot(report, plot_file)
-    if str(json_file) == "-":
-        print_json(report)
-        return
-    from rich.table import Table
-
-    table = Table(*(name.replace("_", " ") for name in COLUMNS))
-    for row in report["loads"]:
-        table.add_row(*("–" if row[name] is None else str(row[name]) for name in COLUMNS))
-    data_console().print(table)
+    tell(report, json_file, lambda: [_load_table(report["loads"])])
 
 
 def _promises(
@@ -115,25 +105,32 @@ def _promises(
 
     words = word_console()
     report = run(promises, command, lambda text: words.print(text, soft_wrap=True, highlight=False))
-    if json_file is not None and str(json_file) != "-":
-        json_file.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    keep(report, json_file)
     if csv_file is not None:
         write_rows(report["rows"], csv_file)
     if plot_file is not None:
         from trivium.bench.serve_plot import plot_promises
 
         plot_promises(report, plot_file)
-    if str(json_file) == "-":
-        print_json(report)
-        return
-    from rich.table import Table
+    tell(report, json_file, lambda: [_row_table(report["rows"])])
 
+
+def _load_table(loads: list[dict[str, Any]]) -> Table:
+    from trivium.bench.serve import COLUMNS
+
+    table = Table(*(name.replace("_", " ") for name in COLUMNS))
+    for row in loads:
+        table.add_row(*("–" if row[name] is None else str(row[name]) for name in COLUMNS))
+    return table
+
+
+def _row_table(rows: list[dict[str, Any]]) -> Table:
     table = Table("row", "what", "measured", "promised", "kept")
-    for row in report["rows"]:
+    for row in rows:
         for one in row["promises"]:
             measured = "–" if one["measured"] is None else f"{one['measured']:g}"
             table.add_row(row["row"], one["what"], measured, one["promised"], "yes" if one["kept"] else "NO")
-    data_console().print(table)
+    return table
 
 
 def _shown(arguments: list[str]) -> list[str]:
