@@ -11,7 +11,7 @@ def test_turns_rotate_and_all_do_the_same_steps() -> None:
     done: list[tuple[str, int]] = []
     steps = {name: lambda number, name=name: done.append((name, number)) for name in "abc"}
     met: list[int] = []
-    times = take_turns(steps, rounds=3, per_round=2, meet=lambda: met.append(len(done)), first_step=5)
+    times = take_turns(steps, rounds=3, per_round=2, meet=lambda: met.append(len(done)), first_step=5).times
     assert [name for name, _ in done] == list("aabbcc" + "bbccaa" + "ccaabb")
     assert {name: [n for other, n in done if other == name] for name in "abc"} == {
         name: [*range(5, 11)] for name in "abc"
@@ -32,6 +32,25 @@ def test_a_ratio_is_taken_within_its_round() -> None:
         ratios(drifting, "gone")
     with pytest.raises(ConfigError, match="at least one round"):
         spread([])
+
+
+def test_rounds_in_which_much_was_stolen_from_either_do_not_count() -> None:
+    times = {"base": [[1.0], [1.0], [9.0]], "other": [[2.0], [8.0], [9.0]], "third": [[3.0], [3.0], [3.0]]}
+    stolen = {"base": [0.0, 0.0, 0.5], "other": [0.01, 0.4, 0.0], "third": [0.3, 0.3, 0.3]}
+    found = ratios(times, "base", stolen)
+    assert found["other"].to_dict() == {"least": 2.0, "median": 2.0, "greatest": 2.0}
+    assert found["third"].to_dict() == {"least": 0.333333, "median": 3.0, "greatest": 3.0}  # all are like that
+    assert summary(times, stolen)["base"]["greatest"] == 1.0
+    assert summary(times, stolen)["other"]["greatest"] == 9.0
+
+
+def test_a_turn_of_which_much_was_stolen_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = iter([0.5, 0.3, 0.4, 0.5, 0.01])
+    done: list[int] = []
+    turns = take_turns(
+        {"a": done.append}, rounds=2, per_round=1, meet=lambda: None, tries=3, agree=lambda share: next(shares)
+    )
+    assert turns.stolen == {"a": [0.3, 0.01]} and done == [0, 0, 0, 1, 1]
 
 
 def test_a_step_lasts_until_the_last_rank() -> None:

@@ -11,8 +11,9 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from trivium.base.errors import ConfigError
 from trivium.bench.inference_process import SECOND_WAYS, ContestantDied, Worker
 from trivium.bench.inference_shapes import SHAPES, write_folder
 from trivium.bench.machine import describe
+from trivium.bench.stolen import LITTLE, least_stolen
 from trivium.kernels import registry
 
 # Contestants, and bytes per parameter while they are loaded.
@@ -46,8 +48,9 @@ SPARE_BYTES = 2 << 30  # what a process takes beside its weights, with room for 
 class InferenceBench:
     """What runs: a shape, contestants, and per round ``steps`` decode steps of each batch and one prefill.
 
-    ``context``: tokens that all sequences of a batch hold together, at least 8 each. No round begins that would not
-    end within ``budget_s`` seconds of the start, except the first.
+    A figure during which more than `stolen.LITTLE` of the cores was taken away is taken again, ``tries`` times in all;
+    the one that lost least counts. ``context``: tokens that all sequences of a batch hold together, at least 8 each.
+    No round begins that would not end within ``budget_s`` seconds of the start, except the first.
     """
 
     shape: str = "0.5b"
@@ -58,6 +61,7 @@ class InferenceBench:
     batches: tuple[int, ...] = (1, 16)
     context: int = 64
     prefill: int = 512
+    tries: int = 8
     budget_s: float = 330.0
 
     def __post_init__(self) -> None:
@@ -66,8 +70,8 @@ class InferenceBench:
         for name in self.contestants:
             if name not in CONTESTANTS:
                 raise ConfigError(f"--contestants {name}: expected some of {', '.join(CONTESTANTS)}")
-        if min(self.rounds, self.steps, self.threads, self.context, self.prefill, *self.batches) < 1:
-            raise ConfigError("rounds, steps, threads, batches, context and prefill must be at least 1")
+        if min(self.rounds, self.steps, self.tries, self.threads, self.context, self.prefill, *self.batches) < 1:
+            raise ConfigError("rounds, steps, tries, threads, batches, context and prefill must be at least 1")
 
     def context_of(self, batch: int) -> int:
         """Tokens that each of ``batch`` sequences holds before the measured steps."""
@@ -136,15 +140,17 @@ class Field:
         """Who is absent and why, what else is to be known, and bytes per step."""
         return {"absent": self._absent, "notes": self._notes, "step_bytes": self.step_bytes}
 
-    def turn(self, name: str, questions: dict[str, dict[str, Any]]) -> dict[str, float]:
-        """Seconds per workload, as far as the contestant lives to tell."""
-        found: dict[str, float] = {}
+    def turn(self, name: str, questions: dict[str, dict[str, Any]]) -> dict[str, tuple[float, float]]:
+        """Per workload, as far as the contestant lives to tell: seconds, and the share of the cores that was stolen."""
+        found: dict[str, tuple[float, float]] = {}
         while name not in self._absent and len(found) < len(questions):
             try:
                 worker = self._load(name)
                 for workload, question in questions.items():
                     if workload not in found:
-                        found[workload] = worker.ask(question)["seconds"]
+                        asked = partial(worker.ask, question)
+                        answer, share = least_stolen(asked, self._bench.tries)
+                        found[workload] = answer["seconds"], share
             except ContestantDied as error:
                 self._loaded.pop(name, None)
                 way = SECOND_WAYS.get(name.partition(" ")[0], "")
@@ -183,7 +189,8 @@ class Field:
 
 
 def _round(bench: InferenceBench, field: Field, number: int, say: Callable[[str], None]) -> dict[str, Any]:
-    found: dict[str, Any] = {"read_limit_gb_per_s": read_limit(bench.threads), "seconds": {}}
+    limit, share = least_stolen(lambda: read_limit(bench.threads), bench.tries)
+    found: dict[str, Any] = {"read_limit_gb_per_s": limit, "seconds": {}, "stolen": {"read limit": round(share, 3)}}
     questions: dict[str, dict[str, Any]] = {
         f"decode {batch}": {"do": "decode", "batch": batch, "context": bench.context_of(batch), "steps": bench.steps}
         for batch in bench.batches
@@ -191,7 +198,8 @@ def _round(bench: InferenceBench, field: Field, number: int, say: Callable[[str]
     questions[f"prefill {bench.prefill}"] = {"do": "prefill", "tokens": bench.prefill}
     for name in bench.contestants:
         if times := field.turn(name, questions):
-            found["seconds"][name] = times
+            found["seconds"][name] = {workload: seconds for workload, (seconds, _) in times.items()}
+            found["stolen"][name] = {workload: round(share, 3) for workload, (_, share) in times.items()}
     say(f"round {number + 1} of {bench.rounds}: read limit {found['read_limit_gb_per_s']:.1f} GB/s")
     return found
 
@@ -212,14 +220,25 @@ def read_limit(threads: int, size_bytes: int = 512 << 20) -> float:
     return size_bytes / min(times) / 1e9
 
 
+def undisturbed(rounds: list[dict[str, Any]], workload: str, names: Iterable[str]) -> list[dict[str, Any]]:
+    """The rounds in which little was stolen from these contestants during this workload; all where there is none."""
+
+    def worst(round_: dict[str, Any]) -> float:
+        shares = [round_.get("stolen", {}).get(name, 0.0) for name in names]
+        return float(max(share.get(workload, 0.0) if isinstance(share, dict) else share for share in shares))
+
+    return [r for r in rounds if worst(r) <= LITTLE] or rounds
+
+
 def summary(rounds: list[dict[str, Any]], step_bytes: dict[str, int]) -> dict[str, Any]:
-    """Per contestant and workload: median seconds, tokens/s, and for decoding alone the share of the read limit."""
+    """Per contestant and workload: median seconds, tokens/s, and for decoding alone the share of the read limit; of the
+    rounds in which little was stolen from these figures, or of all where there is none."""
     made: dict[str, Any] = {}
     for name in dict.fromkeys(name for r in rounds for name in r["seconds"]):
         made[name] = {}
         own = [r for r in rounds if name in r["seconds"]]
         for workload in dict.fromkeys(workload for r in own for workload in r["seconds"][name]):
-            told = [r for r in own if workload in r["seconds"][name]]
+            told = undisturbed([r for r in own if workload in r["seconds"][name]], workload, ["read limit", name])
             middle = statistics.median(r["seconds"][name][workload] for r in told)
             entry = {"seconds": middle, "tokens_per_s": int(workload.partition(" ")[2]) / middle}
             if workload == "decode 1":

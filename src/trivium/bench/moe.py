@@ -15,7 +15,7 @@ from trivium.base.errors import ConfigError
 from trivium.bench import machine
 from trivium.bench.launch import launch
 from trivium.bench.moe_layers import Shape
-from trivium.bench.runner import ratios, slowest, spread, summary
+from trivium.bench.runner import Times, ratios, slowest, spread, summary
 
 SCHEMA = 1
 PARTS = ("layer", "memory", "dispatch", "step", "crossover")
@@ -41,11 +41,15 @@ _RANKS_MODULE = "trivium.bench.moe_ranks"
 
 @dataclass(frozen=True, kw_only=True)
 class MoEBench:
-    """What to measure. ``clock``: ``cpu`` times what one thread computes, whatever else the machine does."""
+    """What to measure. ``clock``: ``cpu`` times what one thread computes, whatever else the machine does.
+
+    A turn of which more than `stolen.LITTLE` of the cores was taken away is taken again, ``tries`` times in all.
+    """
 
     parts: tuple[str, ...] = PARTS
     threads: int = 2
     rounds: int = 7
+    tries: int = 4
     clock: Literal["wall", "cpu"] = "wall"
     timeout_s: float = 3600.0
 
@@ -53,7 +57,7 @@ class MoEBench:
         for part in self.parts:
             if part not in PARTS:
                 raise ConfigError(f"part {part!r}: expected some of {', '.join(PARTS)}")
-        for name in ("threads", "rounds"):
+        for name in ("threads", "rounds", "tries"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected 1 or more")
         if self.clock not in ("wall", "cpu"):
@@ -86,7 +90,7 @@ def _layer(bench: MoEBench, targets: list[dict[str, Any]], say: Callable[[str], 
     for shape in (*SHAPES, *SKEWED):
         say(f"layer: {_told(shape)}, forward and backward of {', '.join(LAYERS)} and of bare matrix products")
         (one,) = _launch(bench, 1, "layers", shape=asdict(shape), contestants=LAYERS)
-        turns = _turns(one["times"], "trivium")
+        turns = _turns(one["times"], "trivium", one["stolen"])
         share = turns["products"]["ratio"]["median"]
         made = {"shape": asdict(shape), "load": one["load"], "contestants": turns, "apart": one["apart"]}
         found.append({**made, "products_share": share})
@@ -124,7 +128,12 @@ def _dispatch(bench: MoEBench, targets: list[dict[str, Any]], say: Callable[[str
         (one,) = _launch(bench, 1, "movers", shape=asdict(shape), contestants=MOVERS)
         forward = {name: taken for name, taken in one["times"].items() if not name.endswith("+backward")}
         both = {name.removesuffix("+backward"): taken for name, taken in one["times"].items() if name not in forward}
-        turns = {"forward": _turns(forward, "trivium"), "forward and backward": _turns(both, "trivium")}
+        turns = {
+            "forward": _turns(forward, "trivium", one["stolen"]),
+            "forward and backward": _turns(
+                both, "trivium", {name.removesuffix("+backward"): gone for name, gone in one["stolen"].items()}
+            ),
+        }
         found.append({"shape": asdict(shape), "capacity_factor": 1.0, "apart": one["apart"], **turns})
         for name, least in _MOVER_TARGETS.items():
             for way, made in turns.items():
@@ -160,8 +169,8 @@ def _crossover(bench: MoEBench, targets: list[dict[str, Any]], say: Callable[[st
         by_rank = _launch(bench, ranks, "crossover", nodes=nodes, dim=16, sizes=SIZES)
         table = {}
         for size in SIZES:
-            times = slowest([one["times"][str(size)] for one in by_rank])
-            table[str(size)] = {"step_s": summary(times), "ratio": _ratios(times, "flat")}
+            told = [one["by_size"][str(size)] for one in by_rank]
+            table[str(size)] = _columns(slowest([one["times"] for one in told]), "flat", told[0]["stolen"])
         found.append({"ranks": ranks, "by_message_bytes": table})
     return found
 
@@ -175,19 +184,24 @@ def _launch(bench: MoEBench, ranks: int, mode: str, **more: Any) -> list[dict[st
         "rounds": 3 if mode == "memory" else bench.rounds,
         "per_round": 1 if alone else 3,
         "warm_up": 1,
+        "tries": bench.tries,
         "clock": bench.clock if alone else "wall",
         **more,
     }
     return launch(_RANKS_MODULE, request, ranks, timeout_s=bench.timeout_s)
 
 
-def _turns(times: Mapping[str, Any], base: str) -> dict[str, Any]:
-    seconds, ratio = summary(dict(times)), _ratios(dict(times), base)
-    return {name: {"step_s": seconds[name], "ratio": ratio[name]} for name in times}
+def _turns(times: Times, base: str, stolen: Mapping[str, Any]) -> dict[str, Any]:
+    columns = _columns(times, base, stolen)
+    return {name: {column: told[name] for column, told in columns.items()} for name in times}
 
 
-def _ratios(times: dict[str, Any], base: str) -> dict[str, dict[str, float]]:
-    return {name: one.to_dict() for name, one in ratios(times, base).items()}
+def _columns(times: Times, base: str, stolen: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "step_s": summary(times, stolen),
+        "ratio": {name: one.to_dict() for name, one in ratios(times, base, stolen).items()},
+        "stolen": {name: stolen[name] for name in times},
+    }
 
 
 def _judge(what: str, of: str, one: Mapping[str, Any], at_least: float) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import nn
 from trivium.bench import resident
 from trivium.bench.launch import report, told
 from trivium.bench.moe_layers import Rivals, Shape
-from trivium.bench.runner import take_turns
+from trivium.bench.runner import most_on, take_turns
 from trivium.dist.exchange import Counts, Exchange, ExchangeConfig, make_exchange
 from trivium.dist.launch import init, shutdown
 from trivium.dist.mesh import Mesh
@@ -44,7 +44,7 @@ def layers(mesh: Mesh, request: dict[str, Any]) -> dict[str, Any]:
         for name, layer in made.items()
     }
     steps["products"] = lambda step: products()
-    return {"times": _turns(mesh, steps, request), "apart": apart, "load": rivals.load()}
+    return {**_turns(mesh, steps, request), "apart": apart, "load": rivals.load()}
 
 
 def movers(mesh: Mesh, request: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def movers(mesh: Mesh, request: dict[str, Any]) -> dict[str, Any]:
         steps[name] = lambda step, layer=layer: forward(layer)  # type: ignore[misc]
         steps[f"{name}+backward"] = lambda step, layer=layer: rivals.step(layer)  # type: ignore[misc]
     apart = {name: float((out - base).norm() / base.norm()) for name, out in outs.items()}
-    return {"times": _turns(mesh, steps, request), "apart": apart}
+    return {**_turns(mesh, steps, request), "apart": apart}
 
 
 def memory(mesh: Mesh, request: dict[str, Any]) -> dict[str, Any]:
@@ -160,24 +160,27 @@ def crossover(mesh: Mesh, request: dict[str, Any]) -> dict[str, Any]:
         rows_RC = torch.randn(rows * comm.size, dim)
         steps = {name: partial(_there_and_back, one, rows_RC, counts) for name, one in made.items()}
         found[str(message_bytes)] = _turns(mesh, steps, request)
-    return {"times": found}
+    return {"by_size": found}
 
 
 def _there_and_back(one: Exchange, rows_RC: torch.Tensor, counts_SO: Counts, step: int) -> None:
     one.home(one.send(rows_RC, counts_SO, "there"), counts_SO, "back")
 
 
-def _turns(mesh: Mesh, steps: Mapping[str, Callable[[int], Any]], request: dict[str, Any]) -> Any:
+def _turns(mesh: Mesh, steps: Mapping[str, Callable[[int], Any]], request: dict[str, Any]) -> dict[str, Any]:
     for step in steps.values():
         for number in range(int(request["warm_up"])):
             step(number)
-    return take_turns(
+    turns = take_turns(
         steps,
         rounds=int(request["rounds"]),
         per_round=int(request["per_round"]),
         meet=mesh.comm("world").barrier,
         clock=time.process_time if request.get("clock") == "cpu" else time.perf_counter,
+        tries=int(request["tries"]),
+        agree=most_on(mesh.comm("world")),
     )
+    return {"times": turns.times, "stolen": turns.stolen}
 
 
 def main(request_path: str, folder: str) -> None:

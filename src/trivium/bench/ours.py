@@ -27,7 +27,7 @@ class Ours(Plain):
         self._mesh = mesh
         self._open = ExitStack()
         self._ledgers: list[Ledger] = []
-        self._waited_s, self._since_s = 0.0, 0.0
+        self._num_steps, self._waited_s, self._since_s = 0, 0.0, 0.0
 
     def begin_count(self) -> None:
         """Open a ledger."""
@@ -37,10 +37,12 @@ class Ours(Plain):
     def end_count(self) -> None:
         """Close it."""
         self._open.close()
+        self._num_steps += 1
         self._waited_s += self._mesh.link.waited_s - self._since_s
 
     def counts(self) -> dict[str, Any]:
-        """Bytes sent and collectives issued by this rank, in all, and seconds spent waiting for them."""
+        """Steps that were counted, and over all of them: bytes sent and collectives issued by this rank, and seconds
+        spent waiting for them."""
         phases: dict[str, int] = {}
         calls: dict[str, int] = {}
         for ledger in self._ledgers:
@@ -49,6 +51,7 @@ class Ours(Plain):
             for phase, number in ledger.calls_by("phase").items():
                 calls[phase] = calls.get(phase, 0) + number
         return {
+            "steps": self._num_steps,
             "payload_bytes": sum(ledger.payload_bytes for ledger in self._ledgers),
             "bytes_by_phase": phases,
             "calls_by_phase": calls,

@@ -1,6 +1,7 @@
 """The side-by-side runner: contestants take turns, round after round, and are compared within each round only.
 
-A shared machine drifts by tens of percent over minutes; a ratio of two times from one round does not.
+A shared machine drifts by tens of percent over minutes; a ratio of two times from one round does not. A turn of which
+the host took much away is repeated.
 """
 
 from __future__ import annotations
@@ -9,12 +10,23 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from trivium.base.errors import ConfigError
+from trivium.bench.stolen import LITTLE, least_stolen
+from trivium.dist.comm import Comm
 
 Step = Callable[[int], None]
 Times = dict[str, list[list[float]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turns:
+    """Seconds, name → round → step, and the share of the cores that was stolen from each turn, name → round."""
+
+    times: Times
+    stolen: dict[str, list[float]]
 
 
 def take_turns(
@@ -25,26 +37,40 @@ def take_turns(
     meet: Callable[[], None],
     first_step: int = 0,
     clock: Callable[[], float] = time.perf_counter,
-) -> Times:
-    """Seconds of every step on this rank: name → round → step. Collective where the steps are.
+    tries: int = 1,
+    agree: Callable[[float], float] = lambda share: share,
+) -> Turns:
+    """Seconds of every step on this rank. Collective where the steps are.
 
     In each round every contestant does ``per_round`` steps on the same batches; who begins moves on by one per round.
     ``meet`` returns when all ranks have come, so that no one pays for another's lateness. ``clock`` may be
     `time.process_time`, which other processes do not slow, for steps that neither wait nor run in several threads.
+    ``tries`` and ``agree``: see `stolen.least_stolen`.
     """
     names = list(steps)
-    times: Times = {name: [] for name in names}
+    turns = Turns(times={name: [] for name in names}, stolen={name: [] for name in names})
+
+    def taken(name: str, first: int) -> list[float]:
+        meet()
+        times = []
+        for number in range(first, first + per_round):
+            started = clock()
+            steps[name](number)
+            times.append(clock() - started)
+        return times
+
     for number in range(rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            meet()
-            taken = []
-            for inner in range(per_round):
-                started = clock()
-                steps[name](first_step + number * per_round + inner)
-                taken.append(clock() - started)
-            times[name].append(taken)
-    return times
+            found, share = least_stolen(partial(taken, name, first_step + number * per_round), tries, agree)
+            turns.times[name].append(found)
+            turns.stolen[name].append(round(share, 4))
+    return turns
+
+
+def most_on(comm: Comm) -> Callable[[float], float]:
+    """Of shares that the ranks of ``comm`` saw, the greatest, on all of them. Collective where it is called."""
+    return lambda share: max(seen for (seen,) in comm.swap([round(share * 1e6)], "turns")) / 1e6
 
 
 def slowest(by_rank: Sequence[Times]) -> Times:
@@ -78,17 +104,26 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(least=min(values), median=statistics.median(values), greatest=max(values))
 
 
-def ratios(times: Times, base: str) -> dict[str, Spread]:
-    """Per contestant the spread over rounds of (its round's median step) / (the base's in the same round)."""
+def ratios(times: Times, base: str, stolen: Mapping[str, Sequence[float]] | None = None) -> dict[str, Spread]:
+    """Per contestant the spread over rounds of (its round's median step) / (the base's in the same round).
+
+    Rounds in which more than `stolen.LITTLE` was stolen from one of the two do not count, unless all are like that.
+    """
     if base not in times:
         raise ConfigError(f"base={base!r} took no part; contestants were {', '.join(times)}")
     middles = {name: [statistics.median(taken) for taken in rounds] for name, rounds in times.items()}
-    return {
-        name: spread([mine / theirs for mine, theirs in zip(middle, middles[base], strict=True)])
-        for name, middle in middles.items()
-    }
+    found = {}
+    for name, middle in middles.items():
+        all_rounds = range(len(middle))
+        calm = [n for n in all_rounds if stolen is None or max(stolen[name][n], stolen[base][n]) <= LITTLE]
+        found[name] = spread([middle[n] / middles[base][n] for n in calm or all_rounds])
+    return found
 
 
-def summary(times: Times) -> dict[str, Any]:
-    """Step times per contestant, over all rounds."""
-    return {name: spread([step for taken in rounds for step in taken]).to_dict() for name, rounds in times.items()}
+def summary(times: Times, stolen: Mapping[str, Sequence[float]] | None = None) -> dict[str, Any]:
+    """Step times per contestant, over the rounds that `ratios` counts, each contestant's own."""
+    found = {}
+    for name, rounds in times.items():
+        calm = [taken for number, taken in enumerate(rounds) if stolen is None or stolen[name][number] <= LITTLE]
+        found[name] = spread([step for taken in calm or rounds for step in taken]).to_dict()
+    return found
