@@ -111,7 +111,7 @@ def test_a_killed_rank_is_named_at_once(how: str) -> None:
     assert re.search(rf"rank 2 \(process {ranks[2].pid} on .*\) ended, which is the cause", told)
     for line in said:
         assert "a peer was lost during" in line
-        assert float(re.findall(r"told after ([0-9.]+)", line)[0]) < 100  # the timeout is 300 s
+        assert float(re.findall(r"told after ([0-9.]+)", line)[0]) < 10
 
 
 def test_a_stopped_rank_is_named_after_the_timeout() -> None:
@@ -120,7 +120,7 @@ def test_a_stopped_rank_is_named_after_the_timeout() -> None:
     told = "\n".join(said)
     assert re.search(rf"rank 2 \(process {ranks[2].pid} on .*\) has been stopped", told)
     assert min(float(seconds) for seconds in re.findall(r"told after ([0-9.]+)", told)) >= 7.5
-    assert max(float(seconds) for seconds in re.findall(r"told after ([0-9.]+)", told)) < 100  # without: 300 s
+    assert max(float(seconds) for seconds in re.findall(r"told after ([0-9.]+)", told)) < 8 + 5
 
 
 def test_watch_sees_only_processes_of_this_host_that_ended() -> None:

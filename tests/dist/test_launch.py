@@ -60,8 +60,8 @@ def test_faults_end_in_seconds_with_the_fix(fault: str) -> None:
             "MASTER_PORT": str(taken.getsockname()[1]),
         }
         program = (
-            "import sys, time, torch, trivium\nbegan = time.monotonic()\ntry:\n    trivium.init(device='cpu')\n"
-            "except trivium.base.errors.TriviumError as error:\n    print(time.monotonic() - began, error)\n"
+            "import sys, torch, trivium\nfrom tests.clock import machine_s\nbegan = machine_s()\ntry:\n    trivium.init(device='cpu')\n"
+            "except trivium.base.errors.TriviumError as error:\n    print(machine_s() - began, error)\n"
             "    sys.exit(error.exit_code)"
         )
         done = subprocess.run(
@@ -74,7 +74,7 @@ def test_faults_end_in_seconds_with_the_fix(fault: str) -> None:
         )
     assert done.returncode == 3, done.stderr
     seconds, _, said = done.stdout.partition(" ")
-    assert float(seconds) < 100  # a rank that never comes is waited for 300 s
+    assert float(seconds) < 5
     words = {
         "port in use": "MASTER_PORT is free",
         "unknown host": "Set it to the host of rank 0",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from typing import Any
 
 import torch
 from torch import nn
 
 import trivium as tv
+from tests.clock import machine_s
 from tests.zero import oracle, zoo
 from tests.zero.cases import message_of
 from tests.zero.oracle import Cell
@@ -97,8 +97,8 @@ def phases_that_differ(mesh: Any, what: str) -> tuple[str, float]:
                 pass
 
     mesh.comm("dp").barrier()
-    began = time.monotonic()
-    return message_of(call), time.monotonic() - began
+    began = machine_s()
+    return message_of(call), machine_s() - began
 
 
 def left_over(mesh: Any) -> list[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
 from torch import nn
 
 import trivium as tv
+from tests.clock import machine_s
 from tests.zero.cases import message_of
 from trivium.dist.mesh import Mesh
 from trivium.dist.shard import Placement
@@ -61,9 +61,9 @@ def models_that_differ(mesh: Mesh, what: str) -> tuple[str, float]:
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
     if what == "optimizer" and last:
         optimizer = torch.optim.AdamW([p for n, p in net.named_parameters() if "experts" not in n], lr=0.1)
-    began = time.monotonic()
+    began = machine_s()
     said = message_of(lambda: tv.zero.shard(net, optimizer, made, stage=3))
-    return said, time.monotonic() - began
+    return said, machine_s() - began
 
 
 def to_expert(number: int, num_tokens: int) -> Routing:

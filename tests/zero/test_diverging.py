@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tests.clock import machine_s
 from tests.worlds import Launch, Worlds
 from tests.zero.diverging_cases import ROUTES
 
@@ -29,7 +30,7 @@ def test_three_ranks_with_a_division_that_rounds(world: Worlds) -> None:
 def test_phases_that_differ_are_told_on_every_rank(world: Worlds, what: str) -> None:
     for said, seconds in world(3).run(CASES, "phases_that_differ", what, discard=True):
         assert said.startswith("MismatchError")
-        assert seconds < 100  # a lost collective would wait for the timeout of 300 s
+        assert seconds < 5
         if what != "other modules":
             assert all(word in said for word in ("rank 0 in", "rank 2 in", "step"))
 
@@ -72,5 +73,7 @@ def test_a_killed_rank_ends_the_others(launch: Launch, stage: int) -> None:
         assert time.monotonic() < deadline, launched.stderr
         time.sleep(0.05)
     os.kill(pids[1], signal.SIGKILL)
-    assert launched.wait(timeout=100) != 0  # a lost collective would wait for the timeout of 300 s
+    began = machine_s()
+    assert launched.wait(timeout=240) != 0
+    assert machine_s() - began < 10
     assert "rank 1" in launched.stderr or "Signal 9" in launched.stderr

@@ -72,7 +72,7 @@ def test_h_ranks_that_differ_are_told_before_any_payload(world: Worlds, what: st
     for said, seconds in world(3).run(CASES, "models_that_differ", what):
         assert said.startswith("MismatchError")
         assert all(word in said for word in [*words, "rank 0", "rank 2"])
-        assert seconds < 100  # a lost collective would wait for the timeout of 300 s
+        assert seconds < 5
 
 
 def test_i_minus_zero_survives(world: Worlds) -> None:
