@@ -22,7 +22,7 @@ def report() -> dict[str, Any]:
         shape="1m",
         rounds=2,
         per_round=1,
-        contestants=("ddp", "trivium-1", "trivium-3"),
+        contestants=("ddp", "trivium-1", "trivium-3", "loopback-3"),
         memory=False,
         wire=False,
         timeout_s=120,
@@ -37,7 +37,7 @@ def test_the_report_says_what_was_measured_where_and_how(report: dict[str, Any])
     )
     assert {"cpu", "cores", "memory_bytes", "torch", "python"} <= set(report["machine"])
     assert report["workload"]["parameters"] == preset("1m").num_parameters()
-    assert list(report["contestants"]) == ["ddp", "trivium-1", "trivium-3"]
+    assert list(report["contestants"]) == ["ddp", "trivium-1", "trivium-3", "loopback-3"]
     for one in report["contestants"].values():
         assert 0 < one["step_s"]["least"] <= one["step_s"]["median"] <= one["step_s"]["greatest"]
         assert set(one["ratio"]) == {"ddp"}
@@ -47,18 +47,18 @@ def test_the_report_says_what_was_measured_where_and_how(report: dict[str, Any])
 
 def test_ours_send_what_was_planned_and_learn_what_the_others_learn(report: dict[str, Any]) -> None:
     everyone = report["contestants"]
-    for name in ("trivium-1", "trivium-3"):
+    for name in ("trivium-1", "trivium-3", "loopback-3"):
         sent = everyone[name]["bytes"]
         assert sent["ledger"] == sent["plan"] > 0
         assert sent["agreeing"] < 0.01 * sent["ledger"]
-    assert everyone["trivium-1"]["losses"] == everyone["trivium-3"]["losses"]
+    assert everyone["trivium-1"]["losses"] == everyone["trivium-3"]["losses"] == everyone["loopback-3"]["losses"]
     assert everyone["trivium-1"]["losses"] == pytest.approx(everyone["ddp"]["losses"], abs=1e-5)
 
 
 def test_a_report_becomes_a_table_and_a_picture(report: dict[str, Any], tmp_path: Path) -> None:
     page = io.StringIO()
     Console(file=page, width=140).print(table(report))
-    assert "Trivium stage 3" in page.getvalue()
+    assert "Trivium stage 3 " in page.getvalue() and "Trivium stage 3, loopback" in page.getvalue()
     assert "÷ DDP" in page.getvalue()
     (line,) = targets(report)
     assert "target at most 1.03" in line

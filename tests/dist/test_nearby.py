@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.clock import machine_s
 from tests.worlds import Worlds, child_environment
 from trivium.base.errors import MismatchError
 from trivium.dist.nearby import Nearby, Reader, channel_of, meet
@@ -90,6 +92,50 @@ def test_a_peer_that_is_gone_ends_the_wait(pair: tuple[Nearby, Nearby]) -> None:
         late.wait()
 
 
+def test_a_peer_that_is_killed_ends_the_wait_though_a_child_of_it_holds_its_socket() -> None:
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    program = "import os, sys\nchild = os.fork()\nif child: print('both are there', flush=True)\nsys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        pass_fds=[ends[1].fileno()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as peer:
+        ends[1].close()
+        assert peer.stdout is not None and peer.stdout.readline() == "both are there\n"
+        one = Nearby({1: peer.pid}, {1: ends[0]}, Reader(), 240.0)
+        expecting = one.begin()
+        one.expect(expecting, 1, 7, torch.empty(3))
+        began = machine_s()
+        peer.kill()
+        with pytest.raises(RuntimeError, match="rank 1 closed its connection"):
+            expecting.wait()
+        assert machine_s() - began < 5
+        one.close()
+
+
+def test_a_peer_that_answers_what_was_never_given_is_parted_from() -> None:
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    one = Nearby({0: os.getpid()}, {0: ends[0]}, Reader(), 60.0)
+    expecting = one.begin()
+    one.expect(expecting, 0, 7, torch.empty(3))
+    ends[1].send(struct.pack("<BQQQQ", 1, 7, 12345, 0, 12))
+    with pytest.raises(RuntimeError, match="rank 0 closed its connection"):
+        expecting.wait()
+    one.close()
+    ends[1].close()
+
+
+def test_rows_with_gaps_are_refused(pair: tuple[Nearby, Nearby]) -> None:
+    zero, one = pair
+    ticket = one.begin()
+    for call in (one.expect, one.give):
+        with pytest.raises(ValueError, match=r"strides \(2,\) on cpu: expected a contiguous one"):
+            call(ticket, 0, 7, torch.empty(6)[::2])
+    ticket.wait()  # nothing is under way
+
+
 def test_a_silent_peer_is_waited_for_so_long_only() -> None:
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     one = Nearby({0: os.getpid()}, {0: ends[0]}, Reader(), 0.1)
@@ -102,20 +148,33 @@ def test_a_silent_peer_is_waited_for_so_long_only() -> None:
 
 
 def test_memory_that_cannot_be_read_is_told_on_both_sides() -> None:
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    zero = Nearby({1: os.getpid()}, {1: ends[0]}, Reader(), 60.0)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        one = Nearby({0: other.pid}, {0: ends[1]}, Reader(), 60.0)
+        expecting, giving = one.begin(), zero.begin()
+        one.expect(expecting, 0, 7, torch.empty(3))
+        zero.give(giving, 1, 7, torch.empty(3))  # an address of this process, where the other has nothing
+        with pytest.raises(RuntimeError, match="the memory of rank 0 cannot be read"):
+            expecting.wait()
+        with pytest.raises(RuntimeError, match="rank 1 could not read"):
+            giving.wait()
+        other.kill()
+    one.close()
+    zero.close()
+
+
+def test_a_neighbour_that_ended_before_the_start_is_gone() -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    zero = Nearby({1: os.getpid()}, {1: ends[0]}, Reader(), 5.0)
-    one = Nearby({0: child.pid}, {0: ends[1]}, Reader(), 5.0)
-    expecting, giving = one.begin(), zero.begin()
-    one.expect(expecting, 0, 7, torch.empty(3))
-    zero.give(giving, 1, 7, torch.empty(3))
-    with pytest.raises(RuntimeError, match="the memory of rank 0 cannot be read"):
-        expecting.wait()
-    with pytest.raises(RuntimeError, match="rank 1 could not read"):
-        giving.wait()
+    one = Nearby({0: child.pid}, {0: ends[0]}, Reader(), 60.0)
+    ticket = one.begin()
+    one.expect(ticket, 0, 7, torch.empty(3))
+    with pytest.raises(RuntimeError, match="rank 0 closed its connection"):
+        ticket.wait()
     one.close()
-    zero.close()
+    ends[1].close()
 
 
 def test_containers_with_one_numbering_and_networks_of_their_own_are_no_neighbours() -> None:

@@ -38,7 +38,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         bars = axes.barh(
             [title(name) for name in names],
             heights,
-            color=[_OURS if name.startswith("trivium") else _THEIRS for name in names],
+            color=[_OURS if name.startswith(("trivium", "loopback")) else _THEIRS for name in names],
         )
         axes.bar_label(bars, [f"{height:.2f}" if height < 10 else f"{height:.1f}" for height in heights], padding=3)
         axes.set_title(label, fontsize=10)

@@ -17,6 +17,8 @@ def title(name: str) -> str:
     kind, _, stage = name.rpartition("-")
     if name in _NAMES:
         return _NAMES[name]
+    if kind == "loopback":
+        return f"Trivium stage {stage}, loopback"
     return f"{'DeepSpeed' if kind == 'deepspeed' else 'Trivium'} stage {stage}"
 
 

@@ -1,5 +1,7 @@
 """``trivium bench zero``: DDP, FSDP2, DeepSpeed and our stages 0 to 3 train one model side by side.
 
+Ours run twice: as users have it, where ranks of one host read each other's memory, and over loopback like the rivals.
+
 ZeRO sections 5 and 7: memory and communication of each stage, here measured next to the libraries people use.
 
 Launches: one in which all contestants take turns (times); one of ours with a delay injected (overlap); one per
@@ -39,6 +41,9 @@ CONTESTANTS = (
     "trivium-1",
     "trivium-2",
     "trivium-3",
+    "loopback-1",
+    "loopback-2",
+    "loopback-3",
 )
 BASES = ("ddp", "fsdp2", "deepspeed-3")
 _RANKS_MODULE = "trivium.bench.zero_ranks"
@@ -60,11 +65,15 @@ _TARGETS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroBench:
-    """What to measure. ``delay_ms``: per collective of ours, 0 for none; ``memory`` and ``wire``: take these too."""
+    """What to measure. ``delay_ms``: per collective of ours, 0 for none; ``memory`` and ``wire``: take these too.
+
+    A turn of which more than `stolen.LITTLE` of the cores was taken away is taken again, ``tries`` times in all.
+    """
 
     shape: str = "34m"
     ranks: int = 2
     rounds: int = 10
+    tries: int = 4
     per_round: int = 2
     warm_up: int = 2
     contestants: tuple[str, ...] = CONTESTANTS
@@ -75,7 +84,7 @@ class ZeroBench:
     timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
-        for name in ("ranks", "rounds", "per_round", "warm_up"):
+        for name in ("ranks", "rounds", "tries", "per_round", "warm_up"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected 1 or more")
         for name in self.contestants:
@@ -134,29 +143,30 @@ def run(bench: ZeroBench, command: str, say: Callable[[str], None]) -> dict[str,
 def _time(bench: ZeroBench, names: Sequence[str], found: dict[str, dict[str, Any]]) -> None:
     by_rank = launch(_RANKS_MODULE, _request(bench, "time", names), bench.ranks, timeout_s=bench.timeout_s)
     times = slowest([one["times"] for one in by_rank])
-    steps = bench.rounds * bench.per_round
-    for name, step_s in summary(times).items():
+    stolen = by_rank[0]["stolen"]
+    for name, step_s in summary(times, stolen).items():
         found[name]["step_s"] = step_s
+        found[name]["stolen"] = stolen[name]
         found[name]["losses"] = by_rank[0]["losses"][name]
         found[name]["rounds_s"] = [[round(step, 6) for step in taken] for taken in times[name]]
-        found[name]["bytes"] = _bytes(bench, name, [one["counts"][name] for one in by_rank], steps)
+        found[name]["bytes"] = _bytes(bench, name, [one["counts"][name] for one in by_rank])
     for base in BASES:
         if base in names:
-            for name, ratio in ratios(times, base).items():
+            for name, ratio in ratios(times, base, stolen).items():
                 found[name].setdefault("ratio", {})[base] = ratio.to_dict()
 
 
-def _bytes(bench: ZeroBench, name: str, counts: Sequence[Mapping[str, Any]], steps: int) -> dict[str, float]:
+def _bytes(bench: ZeroBench, name: str, counts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Bytes per rank and step: the paper's, and for ours the plan's and the ledger's (rank 0; all are equal)."""
     share = (bench.ranks - 1) / bench.ranks
-    multiple = 3 if name in ("trivium-3", "fsdp2", "deepspeed-3") else 2
+    multiple = 3 if name == "fsdp2" or name.endswith("-3") else 2
     told: dict[str, float] = {"paper": multiple * 4 * bench.model.num_parameters() * share}
     if _ours(name):
         config = ZeroConfig(stage=int(name[-1]))
         plan = forecast(inventory_of(bench.model), Setting(ranks=bench.ranks, zero=config))
         told["plan"] = plan.communication.per_step.sent_bytes
-        told["ledger"] = counts[0]["payload_bytes"] / steps
-        told["agreeing"] = counts[0]["bytes_by_phase"].get("agree", 0) / steps
+        told["ledger"] = counts[0]["payload_bytes"] / counts[0]["steps"]
+        told["agreeing"] = counts[0]["bytes_by_phase"].get("agree", 0) / counts[0]["steps"]
     return told
 
 
@@ -165,9 +175,9 @@ def _delay(bench: ZeroBench, names: Sequence[str], found: dict[str, dict[str, An
     request = {**_request(bench, "time", names), "delay_s": delay_s}
     by_rank = launch(_RANKS_MODULE, request, bench.ranks, timeout_s=bench.timeout_s)
     times = slowest([one["times"] for one in by_rank])
-    steps = bench.rounds * bench.per_round
     for name in names:
         counts = [one["counts"][name] for one in by_rank]
+        steps = counts[0]["steps"]
         calls = sum(n for phase, n in counts[0]["calls_by_phase"].items() if phase != "agree") / steps
         waited_s = statistics.mean(one["waited_s"] for one in counts) / steps
         longer_s = _longer_s(times, name)
@@ -205,14 +215,15 @@ def _memory(bench: ZeroBench, name: str, found: dict[str, Any]) -> None:
 
 def _wire(bench: ZeroBench, names: Sequence[str], found: dict[str, dict[str, Any]], say: Callable[[str], None]) -> None:
     """Bytes per rank and step that the kernel saw on loopback, headers included."""
-    if not bench.wire or bench.device != "cpu":
+    sending = [name for name in names if not name.startswith("trivium-")]  # those read memory: loopback sees little
+    if not bench.wire or bench.device != "cpu" or not sending:
         return
     before = loopback.prefix()
     if before is None:
         say("wire: skipped, this system does not let a user make a network namespace (unshare --map-root-user --net)")
         return
     say("wire: bytes on loopback in a network namespace")
-    request = {**_request(bench, "traffic", names), "per_round": 3}
+    request = {**_request(bench, "traffic", sending), "per_round": 3}
     by_rank = launch(_RANKS_MODULE, request, bench.ranks, timeout_s=bench.timeout_s, before=before)
     for name, sent in by_rank[0]["sent_bytes"].items():
         found[name]["bytes"]["wire"] = sent / bench.ranks
@@ -246,6 +257,7 @@ def _request(bench: ZeroBench, mode: str, names: Sequence[str]) -> dict[str, Any
         "rounds": bench.rounds,
         "per_round": bench.per_round,
         "warm_up": bench.warm_up,
+        "tries": bench.tries,
         "delay_s": 0.0,
         "device": bench.device,
     }
@@ -294,4 +306,4 @@ def _require_memory(bench: ZeroBench, names: Sequence[str]) -> None:
 
 
 def _ours(name: str) -> bool:
-    return name.startswith("trivium-")
+    return name.startswith(("trivium-", "loopback-"))

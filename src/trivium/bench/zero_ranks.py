@@ -22,7 +22,7 @@ from trivium.bench import loopback, resident
 from trivium.bench.contestant import Contestant
 from trivium.bench.launch import report, told
 from trivium.bench.ours import Ours
-from trivium.bench.runner import take_turns
+from trivium.bench.runner import most_on, take_turns
 from trivium.dist.launch import init, shutdown
 from trivium.dist.mesh import Mesh
 from trivium.models import DecoderConfig, build
@@ -32,10 +32,13 @@ _PEERS = {"ddp": "ddp", "fsdp2": "fsdp2", "fsdp2-keep": "fsdp2", "deepspeed": "d
 
 
 class Workload:
-    """One shape of model and batch on one mesh; makes contestants and feeds them the same batches."""
+    """One shape of model and batch; makes contestants and feeds them the same batches.
 
-    def __init__(self, request: dict[str, Any], mesh: Mesh) -> None:
-        self.mesh = mesh
+    ``mesh`` sends over loopback, as all rivals do; on ``near`` the ranks of one host read each other's memory.
+    """
+
+    def __init__(self, request: dict[str, Any], mesh: Mesh, near: Mesh) -> None:
+        self.mesh, self.near = mesh, near
         self.config = DecoderConfig(**request["model"])
         self.batch, self.sequence = int(request["batch"]), int(request["sequence"])
 
@@ -43,8 +46,8 @@ class Workload:
         """A fresh contestant; all start from the same weights."""
         model = build(self.config, self.mesh.device, seed=0)
         kind, _, stage = name.rpartition("-")
-        if kind == "trivium":
-            return Ours(model, LEARNING_RATE, self.mesh, int(stage))
+        if kind in ("trivium", "loopback"):
+            return Ours(model, LEARNING_RATE, self.near if kind == "trivium" else self.mesh, int(stage))
         peer = peer_of(name)
         one: Contestant
         if name == "ddp":
@@ -88,34 +91,40 @@ def time_in_turns(work: Workload, request: dict[str, Any]) -> dict[str, Any]:
         counted = delayed or not delay_s
 
         def run(number: int) -> None:
-            work.mesh.link.delay_s = delay_s if delayed else 0.0
+            links = (work.mesh.link, work.near.link)
+            for link in links:
+                link.delay_s = delay_s if delayed else 0.0
             if counted:
                 one.begin_count()
             work.step(one, number)
             if counted:
                 one.end_count()
-            work.mesh.link.delay_s = 0.0
+            for link in links:
+                link.delay_s = 0.0
 
         return run
 
     steps = {name: turn(one, False) for name, one in contestants.items()}
     if delay_s:
         steps |= {f"{name}+delay": turn(one, True) for name, one in contestants.items()}
-    times = take_turns(
+    turns = take_turns(
         steps,
         rounds=int(request["rounds"]),
         per_round=int(request["per_round"]),
         meet=work.mesh.comm("dp").barrier,
         first_step=warm_up,
+        tries=int(request["tries"]),
+        agree=most_on(work.mesh.comm("dp")),
     )
-    return {"times": times, "losses": losses, "counts": {name: one.counts() for name, one in contestants.items()}}
+    counts = {name: one.counts() for name, one in contestants.items()}
+    return {"times": turns.times, "stolen": turns.stolen, "losses": losses, "counts": counts}
 
 
 def memory(work: Workload, request: dict[str, Any]) -> dict[str, Any]:
     """The peak of one contestant's steps above this process after imports and start-up."""
     name = request["contestants"][0]
     importlib.import_module("torch._dynamo")  # every optimizer loads it sooner or later: an import, no training memory
-    if not name.startswith("trivium"):
+    if name.partition("-")[0] not in ("trivium", "loopback"):
         peer_of(name)
     resident.trim()
     on_gpu = work.mesh.device.type == "cuda"
@@ -173,9 +182,10 @@ def main(request_path: str, folder: str) -> None:
     warnings.simplefilter("ignore")
     request: dict[str, Any] = json.loads(Path(request_path).read_text())
     torch.set_num_threads(1)
-    mesh = init(device=request["device"])
+    mesh = init(device=request["device"], nearby=False)
+    near = init(device=request["device"])
     mode = {"time": time_in_turns, "memory": memory, "traffic": traffic}[request["mode"]]
-    result = mode(Workload(request, mesh), request)
+    result = mode(Workload(request, mesh, near), request)
     report(folder, mesh.rank, result)
     mesh.comm("world").barrier()
     shutdown()

@@ -66,6 +66,11 @@ class Link:
         }
         self.nearby = meet(world.rank, beside, world.all_gather_json, timeout_s)
 
+    @property
+    def near(self) -> frozenset[int]:
+        """The ranks that this one exchanges rows with from memory to memory."""
+        return frozenset() if self.nearby is None else self.nearby.ranks
+
     def lost(self, what: str, error: RuntimeError) -> RankError:
         """The error for a collective that failed because of a peer."""
         words = str(error).splitlines()[0] if str(error) else repr(error)
@@ -334,9 +339,8 @@ class Comm:
     ) -> list[dist.Work | Ticket | None]:
         """Start sending ``send[r]`` to rank r and receiving ``receive[r]`` from it, for every other rank."""
         works: list[dist.Work | Ticket | None] = []
-        nearby, near = self.link.nearby, frozenset[int]()
-        if nearby is not None and nearby.ranks and self.group is not None:
-            near = nearby.ranks
+        nearby, near = self.link.nearby, self.link.near
+        if nearby is not None and near and self.group is not None:
             channel = channel_of(self.group.group_name)
             ticket = nearby.begin()
             works.append(ticket)

@@ -83,14 +83,14 @@ def init(
     device: str = "auto",
     timeout_s: float = 300.0,
     delay_s: float = 0.0,
-    nearby: bool = False,
+    nearby: bool = True,
 ) -> Mesh:
     """Join the other ranks and arrange them. Collective; keeps no global of its own.
 
     Creates torch's default process group, or reuses the one that is there. ``device`` is ``auto`` (CUDA where there is
     one, otherwise the CPU), ``cpu`` or ``cuda``. ``delay_s`` is added to every collective, to measure what is hidden.
     ``nearby``: on the CPU, ranks of one host read each other's memory where the kernel permits it, instead of sending
-    over loopback; the network's counters then miss what parameters and gradients take. Off unless asked for.
+    over loopback; the network's counters then miss what parameters and gradients take. `Link.near` says with whom.
     A collective that waits longer than ``timeout_s`` for a peer raises RankError, on every axis.
     Raises SetupError when the environment is half set or rank 0 cannot be reached, ConfigError on impossible degrees.
     """
@@ -111,7 +111,7 @@ def init(
         delay_s=delay_s,
         timeout_s=timeout_s,
     )
-    mesh.link.watch(mesh.comm("world"), timeout_s, nearby=nearby)
+    mesh.link.watch(mesh.comm("world"), timeout_s, nearby=nearby and place.type == "cpu")
     atexit.register(mesh.link.close)  # runs before shutdown: the last registered goes first
     return mesh
 
@@ -157,7 +157,7 @@ def _adopt(device_mesh: DeviceMesh, delay_s: float, timeout_s: float, nearby: bo
         delay_s=delay_s,
         timeout_s=timeout_s,
     )
-    mesh.link.watch(mesh.comm("world"), timeout_s, nearby=nearby)
+    mesh.link.watch(mesh.comm("world"), timeout_s, nearby=nearby and place.type == "cpu")
     atexit.register(mesh.link.close)
     return mesh
 

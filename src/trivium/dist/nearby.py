@@ -6,9 +6,10 @@ ZeRO section 7 counts bytes between devices; between processes of one machine th
 Over loopback a byte is copied into the kernel and out again, by threads of both ranks, in pieces of a socket's buffer:
 more than ten times the processor time of one copy. So a rank that sends to one on its host *offers* an address, and the
 receiver copies from there with ``process_vm_readv``, then says *done*. Offers and answers are small messages on a
-socket between the two processes, which also tells at once when a peer is gone. A thread answers, so that a collective
-proceeds while its owner computes. Linux only, and only where every pair of ranks proved at the start that the kernel
-lets it read; the others send through gloo.
+socket between the two processes; the kernel tells at once when the other process is gone (a child of it may still hold
+the socket, so that this alone would not tell). A thread answers, so that a collective proceeds while its owner computes.
+Linux only, and only where every pair of ranks proved at the start that the kernel lets it read; the others send through
+gloo.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch
 from trivium.base.errors import MismatchError, SetupError
 
 _MESSAGE = struct.Struct("<BQQQQ")
+_TIMEVAL = struct.Struct("ll")
 _OFFER, _DONE, _REFUSED = 0, 1, 2
 _PROBE = 0x7472697669756D
 _PR_SET_PTRACER = 0x59616D61
@@ -73,7 +75,8 @@ class Nearby:
     """The neighbours of this rank, ``pids`` by rank, and what is under way between them and it.
 
     ``sockets``: one connected SOCK_SEQPACKET socket for each neighbour. Messages of one channel and pair of ranks are
-    matched in the order in which they were started. ``timeout_s``: how long a wait may last.
+    matched in the order in which they were started. ``timeout_s``: how long a wait, or a message to a neighbour that
+    does not listen, may last.
     """
 
     def __init__(
@@ -89,6 +92,13 @@ class Nearby:
         self._gone: set[int] = set()
         self._closed = False
         self._process = os.getpid()
+        self._processes: dict[int, int] = {}
+        for rank, one in sockets.items():
+            try:
+                self._processes[rank] = os.pidfd_open(pids[rank])
+            except ProcessLookupError:
+                self._gone.add(rank)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(timeout_s), int(timeout_s % 1 * 1e6)))
         self._thread = threading.Thread(target=self._listen, name="trivium-nearby", daemon=True)
         if sockets:
             self._thread.start()
@@ -105,7 +115,7 @@ class Nearby:
     def expect(self, ticket: Ticket, rank: int, channel: int, row: torch.Tensor) -> None:
         """Fill ``row`` (contiguous, on the CPU) with what ``rank`` gives next on this channel."""
         with self._changed:
-            key = self._next(self._num_expected, ticket, rank, channel)
+            key = self._next(self._num_expected, ticket, rank, channel, row)
             self._expected[key] = _Side(row=row, ticket=ticket)
             ready = key in self._offers
         if ready:
@@ -114,7 +124,7 @@ class Nearby:
     def give(self, ticket: Ticket, rank: int, channel: int, row: torch.Tensor) -> None:
         """Let ``rank`` read ``row`` (contiguous, on the CPU), which must not change until the ticket was waited for."""
         with self._changed:
-            key = self._next(self._num_given, ticket, rank, channel)
+            key = self._next(self._num_given, ticket, rank, channel, row)
             self._given[key] = _Side(row=row, ticket=ticket)
         self._say(rank, _OFFER, channel, key[2], row.data_ptr(), row.nbytes)
 
@@ -143,10 +153,19 @@ class Nearby:
                     one.shutdown(socket.SHUT_RDWR)
             if self._thread.is_alive():
                 self._thread.join(timeout=5)
+            if self._reader is not None:
+                self._reader.let(0)
         for one in self._sockets.values():
             one.close()
+        for process in self._processes.values():
+            os.close(process)
+        self._processes.clear()
 
-    def _next(self, numbers: dict[tuple[int, int], int], ticket: Ticket, rank: int, channel: int) -> Key:
+    def _next(
+        self, numbers: dict[tuple[int, int], int], ticket: Ticket, rank: int, channel: int, row: torch.Tensor
+    ) -> Key:
+        if not row.is_contiguous() or row.device.type != "cpu":
+            raise ValueError(f"a row of strides {row.stride()} on {row.device}: expected a contiguous one on the CPU")
         ticket.pending.append(rank)
         number = numbers.get((rank, channel), 0)
         numbers[rank, channel] = number + 1
@@ -157,21 +176,28 @@ class Nearby:
         return ticket.error or (RuntimeError(f"rank {min(lost)} closed its connection") if lost else None)
 
     def _listen(self) -> None:
+        left: set[int] = set()
         with selectors.DefaultSelector() as selector:
-            for rank, one in self._sockets.items():
-                selector.register(one, selectors.EVENT_READ, rank)
+            for rank, process in self._processes.items():
+                selector.register(self._sockets[rank], selectors.EVENT_READ, rank)
+                selector.register(process, selectors.EVENT_READ, rank)
             while selector.get_map():
                 for ready, _ in selector.select():
-                    if not self._hear(ready.data):
-                        selector.unregister(ready.fileobj)
-                        with self._changed:
-                            self._gone.add(ready.data)
-                            self._changed.notify_all()
+                    rank = ready.data
+                    ended = ready.fileobj == self._processes[rank]
+                    if rank in left or (not ended and self._hear(rank)):
+                        continue
+                    while ended and self._hear(rank):
+                        pass  # what it said before it ended
+                    left.add(rank)
+                    selector.unregister(self._sockets[rank])
+                    selector.unregister(self._processes[rank])
+                    self._lose(rank)
 
     def _hear(self, rank: int) -> bool:
-        """Take one message of ``rank``; False when it is gone."""
+        """Take one message of ``rank`` that is there; False when there is none, because it is gone."""
         try:
-            data = self._sockets[rank].recv(_MESSAGE.size)
+            data = self._sockets[rank].recv(_MESSAGE.size, socket.MSG_DONTWAIT)
         except ConnectionResetError:  # the peer closed with something unread; what it sent before is still to come
             return not self._closed
         except OSError:
@@ -187,7 +213,9 @@ class Nearby:
             if expected:
                 self._read(key)
         else:
-            side = self._given.pop(key)
+            side = self._given.pop(key, None)
+            if side is None:
+                return False  # an answer to nothing: this is no peer of ours any more
             error: Exception | None = None
             if num_bytes != side.row.nbytes:
                 error = _of_other_length(rank, side.row.nbytes, num_bytes)
@@ -228,9 +256,12 @@ class Nearby:
         try:
             self._sockets[rank].send(_MESSAGE.pack(kind, channel, number, address, num_bytes))
         except OSError:
-            with self._changed:
-                self._gone.add(rank)
-                self._changed.notify_all()
+            self._lose(rank)
+
+    def _lose(self, rank: int) -> None:
+        with self._changed:
+            self._gone.add(rank)
+            self._changed.notify_all()
 
 
 def channel_of(name: str) -> int:
@@ -243,10 +274,16 @@ class Reader:
 
     def __init__(self) -> None:
         try:
-            self._call = ctypes.CDLL(None, use_errno=True).process_vm_readv
+            library = ctypes.CDLL(None, use_errno=True)
+            self._call, self._control = library.process_vm_readv, library.prctl
+            os.close(os.pidfd_open(os.getpid()))
         except (AttributeError, TypeError) as error:
-            raise OSError("this system has no process_vm_readv") from error
+            raise OSError("this system has no process_vm_readv or pidfd_open") from error
         self._call.restype = ctypes.c_ssize_t
+
+    def let(self, pid: int) -> None:
+        """Where Yama guards processes: let ``pid`` and its children read this one; 0: nobody any more."""
+        self._control(_PR_SET_PTRACER, ctypes.c_ulong(pid), 0, 0, 0)
 
     def read(self, pid: int, address: int, row: torch.Tensor) -> None:
         """Fill ``row`` (contiguous, on the CPU) from ``address`` in process ``pid``. Raises OSError."""
@@ -311,8 +348,7 @@ def _reader() -> Reader | None:
         return None
     try:
         reader = Reader()
-        # Where Yama guards processes: let the launcher's other children read this one.
-        ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(os.getppid()), 0, 0, 0)
+        reader.let(os.getppid())  # the launcher, whose other children the neighbours are
     except OSError:
         return None
     return reader
