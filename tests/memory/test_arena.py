@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 
 from trivium.memory.arena import Arena
@@ -28,6 +33,22 @@ def test_blocks_that_fill_up_and_tensors_larger_than_one() -> None:
     large = arena.keep(torch.full((70 << 20,), 77, dtype=torch.uint8))
     assert all(int(tensor[0]) == int(tensor[-1]) == number for number, tensor in enumerate(many))
     assert int(large[-1]) == 77
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux")
+def test_blocks_lie_on_huge_pages_where_there_are_any() -> None:
+    modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not modes.exists() or "[never]" in modes.read_text():
+        pytest.skip("this kernel has no huge pages")
+    kept = Arena().keep(torch.ones(8 << 20, dtype=torch.uint8))
+    flags = ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if bounds:
+            inside = int(bounds[1], 16) <= kept.data_ptr() < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            flags = line
+    assert kept.data_ptr() % (2 << 20) == 0 and " hg" in flags  # advised; whether they are there is the kernel's choice
 
 
 def test_a_tensor_outlives_the_arena() -> None:

@@ -26,6 +26,7 @@ from trivium.bench.inference_shapes import SHAPES, write_folder
 from trivium.bench.machine import describe
 from trivium.bench.stolen import LITTLE, least_stolen
 from trivium.kernels import registry
+from trivium.memory.arena import Arena
 
 # Contestants, and bytes per parameter while they are loaded.
 CONTESTANTS: dict[str, float] = {
@@ -205,11 +206,11 @@ def _round(bench: InferenceBench, field: Field, number: int, say: Callable[[str]
 
 
 def read_limit(threads: int, size_bytes: int = 512 << 20) -> float:
-    """GB/s at which ``threads`` threads read memory that no cache holds: the best of five."""
+    """GB/s at which ``threads`` threads of torch read memory that no cache holds, on huge pages: the best of five."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        data = torch.zeros(size_bytes // 8, dtype=torch.int64)
+        data = Arena().keep(torch.zeros(size_bytes // 8, dtype=torch.int64))
         times = []
         for _ in range(5):
             start = time.perf_counter()

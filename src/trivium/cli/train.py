@@ -105,7 +105,8 @@ def _run(settings: TrainConfig, launched: bool, terminal: bool, objective: MakeO
     settings.check_ranks(world.size)
     if launched and not settings.train.threads:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.size))
-    mesh = init(device=settings.train.device, timeout_s=settings.train.timeout_s, ep=settings.mesh.largest)
+    how = settings.train
+    mesh = init(device=how.device, timeout_s=how.timeout_s, nearby=how.nearby, ep=settings.mesh.largest)
     plan = _beside if objective is None else None  # a teacher's bytes are in no plan
     outcome = run(settings, mesh, terminal=terminal or None, plan=plan, objective=objective)
     answer = _answer(settings, outcome, mesh.data_size) if mesh.rank == 0 else None

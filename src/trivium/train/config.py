@@ -147,7 +147,7 @@ class LoopConfig:
     ``validation_batches``: at most so many micro-batches of validation text, 0 for all of it. ``recompute``: keep only
     each block's input and recompute it in backward. ``on_nonfinite``: ``skip`` goes on with the next step (up to
     ``max_nonfinite`` in a row), ``stop`` stops, ``dump`` writes the batch and a report of every parameter first.
-    ``threads`` 0: what the environment says.
+    ``threads`` 0: what the environment says. ``nearby``: see `dist.launch.init`.
     """
 
     steps: int = 1000
@@ -165,6 +165,7 @@ class LoopConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
     timeout_s: float = 300.0
+    nearby: bool = True
 
     def __post_init__(self) -> None:
         for name in ("steps", "micro_batch", "log_every", "max_nonfinite"):

@@ -32,7 +32,7 @@ inline void release_tiles(Scratch& scratch) {
 
 // One tile of up to 16 tokens times the panel, group by group.
 inline void int_tile(const Matrix& m, int64_t panel, const Prepared& x, const uint8_t* w, int64_t t0, int tokens, float* c,
-                     int32_t* sums) {
+                     int32_t* sums, bool fetch) {
   const int8_t* a = x.quants + (t0 / kTile) * x.chunks * 1024;
   for (int g = 0; g < x.groups; g++) {
     int64_t begin = (int64_t)g * x.group, end = begin + x.group < m.padded ? begin + x.group : m.padded;
@@ -40,6 +40,7 @@ inline void int_tile(const Matrix& m, int64_t panel, const Prepared& x, const ui
     int64_t step = x.group < 64 ? x.group : 64;
     for (int64_t k = begin; k < end; k += step) {
       const uint8_t* b = w + k * kPanel;
+      if (fetch) fetch_far(b, step * kPanel);
       _tile_loadd(4, a + (k / 64) * 1024 + k % 64, 64);
       _tile_loadd(6, b, 256);
       _tile_dpbsud(0, 4, 6);
@@ -73,6 +74,7 @@ inline void int_tiles(const Matrix& m, int64_t panel, const Prepared& x, int64_t
     for (int64_t k = 0; k < m.padded; k += 8)
       for (int j = 0; j < 4; j++) {
         vb packed = vbload(w + k * 32 + j * 64);
+        fetch_far(w + k * 32 + j * 64, 64);
         _mm512_storeu_si512(wide + k * kPanel + j * 64, vlow4(packed));
         _mm512_storeu_si512(wide + (k + 4) * kPanel + j * 64, vhigh4(packed));
       }
@@ -81,7 +83,7 @@ inline void int_tiles(const Matrix& m, int64_t panel, const Prepared& x, int64_t
   int32_t* sums = scratch.tiles.get<int32_t>(2048);
   configure_tiles(scratch, 16, x.group < 64 ? x.group : 64);
   for (int t = 0; t < tokens; t += kTile)
-    int_tile(m, panel, x, w, t0 + t, tokens - t < kTile ? tokens - t : kTile, c + t * kPanel, sums);
+    int_tile(m, panel, x, w, t0 + t, tokens - t < kTile ? tokens - t : kTile, c + t * kPanel, sums, t == 0 && m.format == kInt8);
 }
 
 // c[t] = its three rows of sums, added in order.
@@ -97,6 +99,7 @@ inline void thirds_one(const uint16_t* w, const uint16_t* a, int chunks, int tok
   _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
   for (int k = 0; k < chunks; k++) {
     const uint16_t* b = w + k * 2048;
+    fetch_far(b, 4096);
     _tile_loadd(4, a + k * 512, 64);
     _tile_loadd(6, b, 256);
     _tile_dpbf16ps(0, 4, 6);

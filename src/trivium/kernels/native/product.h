@@ -13,6 +13,14 @@ constexpr int kBlock = 272;      // tokens of the largest block
 constexpr int kBlockWanted = 256;
 constexpr int kDepth = 128;      // inputs of a panel that many tokens meet at once
 constexpr int64_t kAhead = kDepth * kPanel;  // weights that are fetched while as many are used
+// [Note: fetching ahead] A step of few tokens waits for weights alone, and the hardware fetches ahead within a page only:
+// every line of weights asks for the one this many bytes further on. Scales come in one line for several of weights.
+constexpr int64_t kFar = 2048, kScalesFar = 512;
+
+// Asks for the `bytes` that lie kFar behind those at `at`.
+TRV_INLINE void fetch_far(const void* at, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) vprefetch((const char*)at + kFar + i);
+}
 
 // Tokens cut into equal blocks of whole tiles (registers hold six tokens of a product in fp32): every block reads all
 // weights, so a small last one would cost as much memory traffic as a whole one.
@@ -76,6 +84,7 @@ TRV_INLINE void float_strip(const Source& w, int64_t depth, const float* x, int6
   }
   int64_t k = 0;
   for (; k + 2 <= depth; k += 2) {
+    if (NT == 1) fetch_far(w.w + k * kPanel, 2 * kPanel * sizeof(*w.w));
     TRV_UNROLL
     for (int j = 0; j < NV; j++) line[j] = Source::even(w, k, j0 + j);
     add_input(acc, line, x + k, stride);
@@ -156,6 +165,7 @@ void float_product(const Source& w, int64_t columns, const Prepared& x, int t0, 
 // ------------------------------------------------------------------------------------------------ integer arithmetic
 TRV_INLINE vf load_scale(const Matrix& m, int64_t panel, int groups, int g, int j) {
   int64_t at = (panel * groups + g) * kPanel + j * kLanes;
+  vprefetch((const char*)m.scales + at * (m.half_scales ? 2 : 4) + kScalesFar);
   return m.half_scales ? vload_f16((const uint16_t*)m.scales + at) : vload((const float*)m.scales + at);
 }
 
@@ -173,7 +183,7 @@ TRV_INLINE int32_t dot_start(const Matrix& m, int32_t sum) {
 }
 
 template <int NT, int NV, bool kFour>
-TRV_INLINE void int_strip(const Matrix& m, int64_t panel, const Prepared& x, int64_t t0, float* c, int j0) {
+TRV_INLINE void int_strip(const Matrix& m, int64_t panel, const Prepared& x, int64_t t0, float* c, int j0, bool fetch) {
   const int8_t* rows[NT];
   TRV_UNROLL
   for (int t = 0; t < NT; t++) rows[t] = x.quant_row(t0 + t);
@@ -194,6 +204,7 @@ TRV_INLINE void int_strip(const Matrix& m, int64_t panel, const Prepared& x, int
         TRV_UNROLL
         for (int j = 0; j < NV; j++) {
           vb packed = vbload(source + j * 64);
+          if (fetch) fetch_far(source + j * 64, 64);
           if (kFour) {
             vb low = vlow4(packed), high = vhigh4(packed);
             TRV_UNROLL
@@ -228,20 +239,20 @@ TRV_INLINE void int_strip(const Matrix& m, int64_t panel, const Prepared& x, int
 }
 
 template <int NT, bool kFour>
-__attribute__((noinline)) void int_rows(const Matrix& m, int64_t panel, const Prepared& x, int64_t t0, float* c) {
+__attribute__((noinline)) void int_rows(const Matrix& m, int64_t panel, const Prepared& x, int64_t t0, float* c, bool fetch) {
   constexpr int NV = NT == 1 ? 4 : kWide;
-  for (int j0 = 0; j0 < 4; j0 += NV) int_strip<NT, NV, kFour>(m, panel, x, t0, c, j0);
+  for (int j0 = 0; j0 < 4; j0 += NV) int_strip<NT, NV, kFour>(m, panel, x, t0, c, j0, fetch);
 }
 
 template <bool kFour>
 void int_panel(const Matrix& m, int64_t panel, const Prepared& x, int64_t t0, int tokens, float* c) {
   int t = 0;
-  for (; t + 4 <= tokens; t += 4) int_rows<4, kFour>(m, panel, x, t0 + t, c + t * kPanel);
+  for (; t + 4 <= tokens; t += 4) int_rows<4, kFour>(m, panel, x, t0 + t, c + t * kPanel, t == 0);
   if (tokens - t >= 2) {
-    int_rows<2, kFour>(m, panel, x, t0 + t, c + t * kPanel);
+    int_rows<2, kFour>(m, panel, x, t0 + t, c + t * kPanel, t == 0);
     t += 2;
   }
-  if (tokens - t) int_rows<1, kFour>(m, panel, x, t0 + t, c + t * kPanel);
+  if (tokens - t) int_rows<1, kFour>(m, panel, x, t0 + t, c + t * kPanel, t == 0);
 }
 
 }  // namespace trv
