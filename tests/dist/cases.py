@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from tests.clock import machine_s
 import trivium as tv
+from tests.clock import Since
 from trivium.base.errors import ConfigError, MismatchError, RankError, SetupError
+from trivium.dist.meeting import meet
 from trivium.dist.mesh import Mesh
-from trivium.dist.nearby import meet
 
 
 def moves(mesh: Any) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def near_and_far(mesh: Any) -> dict[str, Any]:
         if name == "some":
             pids = {other: pid for other, pid in pids.items() if other // 2 == rank // 2}
         made.link.nearby = meet(rank, pids if name != "none" else {}, comm.all_gather_json, timeout_s)
-        found[name] = sorted(made.link.nearby.ranks)
+        found[name] = sorted(made.link.near)
         gathered, received = torch.empty(3 * size), torch.full((size, 5), -1.0)
         with made.ledger() as sent:
             first = comm.all_gather(gathered, torch.full((3,), float(rank)), "forward")
@@ -72,8 +72,19 @@ def near_and_far(mesh: Any) -> dict[str, Any]:
                 handle.wait()
         found["values"].append((gathered.tolist(), received.tolist()))
         found["bytes"].append(sent.bytes)
-        made.link.nearby.close()
+        if made.link.nearby is not None:
+            made.link.nearby.close()
     return found
+
+
+def many_under_way(mesh: Any, count: int) -> list[float]:
+    """So many all-gathers of 256 KiB, then what they brought."""
+    comm, shard = mesh.comm("dp"), torch.full((1 << 16,), float(mesh.rank))
+    output = torch.empty(mesh.size << 16)
+    handles = [comm.all_gather(output, shard, "forward") for _ in range(count)]
+    for handle in handles:
+        handle.wait()
+    return [float(value) for value in output.unique()]
 
 
 def shard_in_place(mesh: Any) -> list[float]:
@@ -162,14 +173,14 @@ def impossible(mesh: Any) -> list[str]:
 
 
 def die(mesh: Any, how: str) -> str:
-    """The last rank is killed, or stopped, while the others wait for it: what they are told."""
+    """The last rank is killed, or stopped, while the others wait for it: after how long they are told what."""
     comm = mesh.comm("dp")
     control = mesh.channel(comm, "control")
     comm.barrier()
     if mesh.rank == mesh.size - 1:
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGSTOP if how == "stop" else signal.SIGKILL)
-    began = machine_s()
+    since = Since()
     try:
         if how == "agree":
             comm.agree([1])
@@ -180,8 +191,8 @@ def die(mesh: Any, how: str) -> str:
         else:
             comm.exchange(torch.empty(mesh.size, 1000), torch.empty(mesh.size, 1000), "backward").wait()
     except RankError as error:
-        return f"{machine_s() - began:.1f} {error}"
-    return "0 no error"
+        return f"{since.seconds():.1f} s ({since.wall_s():.1f} s on the wall): {error}"
+    return "0 s: no error"
 
 
 def adopted(mesh: Any) -> dict[str, Any]:

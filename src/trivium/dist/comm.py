@@ -25,7 +25,8 @@ import torch.distributed as dist
 
 from trivium.base.errors import MismatchError, RankError
 from trivium.dist.ledger import Books
-from trivium.dist.nearby import Nearby, Ticket, channel_of, meet
+from trivium.dist.meeting import meet
+from trivium.dist.nearby import Nearby, Ticket, channel_of
 from trivium.dist.watch import Seat, Watch, own_seat
 
 Reduce = Literal["ordered", "native"]

@@ -7,36 +7,39 @@ Over loopback a byte is copied into the kernel and out again, by threads of both
 more than ten times the processor time of one copy. So a rank that sends to one on its host *offers* an address, and the
 receiver copies from there with ``process_vm_readv``, then says *done*. Offers and answers are small messages on a
 socket between the two processes; the kernel tells at once when the other process is gone (a child of it may still hold
-the socket, so that this alone would not tell). A thread answers, so that a collective proceeds while its owner computes.
-Linux only, and only where every pair of ranks proved at the start that the kernel lets it read; the others send through
-gloo.
+the socket, so that this alone would not tell). A thread answers, so that a collective proceeds while its owner
+computes. Linux only, and only where every pair of ranks proved at the start that the kernel lets it read
+(`dist.meeting`); the others send through gloo.
+
+[Note: listeners never wait]
+A socket holds a few hundred messages, and a rank that offers more waits until its neighbour's listener has taken some.
+Two listeners that waited for each other would hold everything: an answer that finds no room is kept until there is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import os
 import selectors
 import socket
 import struct
-import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from trivium.base.errors import MismatchError, SetupError
+from trivium.base.errors import MismatchError
 
 _MESSAGE = struct.Struct("<BQQQQ")
 _TIMEVAL = struct.Struct("ll")
+_CLOSED = "closed its connection"
 _OFFER, _DONE, _REFUSED = 0, 1, 2
-_PROBE = 0x7472697669756D
 _PR_SET_PTRACER = 0x59616D61
-_CONNECT_TIMEOUT_S = 60.0
 
 Key = tuple[int, int, int]  # rank, channel, number
 
@@ -75,12 +78,12 @@ class Nearby:
     """The neighbours of this rank, ``pids`` by rank, and what is under way between them and it.
 
     ``sockets``: one connected SOCK_SEQPACKET socket for each neighbour. Messages of one channel and pair of ranks are
-    matched in the order in which they were started. ``timeout_s``: how long a wait, or a message to a neighbour that
-    does not listen, may last.
+    matched in the order in which they were started. ``timeout_s``: how long a wait, or an offer to a neighbour that
+    does not listen, may last. Raises OSError where the system has no descriptor left.
     """
 
     def __init__(
-        self, pids: Mapping[int, int], sockets: Mapping[int, socket.socket], reader: Reader | None, timeout_s: float
+        self, pids: Mapping[int, int], sockets: Mapping[int, socket.socket], reader: Reader, timeout_s: float
     ) -> None:
         self._pids, self._sockets, self._reader, self._timeout_s = dict(pids), dict(sockets), reader, timeout_s
         self._changed = threading.Condition()
@@ -89,19 +92,25 @@ class Nearby:
         self._offers: dict[Key, tuple[int, int]] = {}
         self._num_given: dict[tuple[int, int], int] = {}
         self._num_expected: dict[tuple[int, int], int] = {}
-        self._gone: set[int] = set()
+        self._gone: dict[int, str] = {}  # and how
+        self._unsaid: dict[int, deque[bytes]] = {rank: deque() for rank in sockets}
         self._closed = False
         self._process = os.getpid()
+        self._selector = selectors.DefaultSelector()
         self._processes: dict[int, int] = {}
         for rank, one in sockets.items():
+            one.setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(timeout_s), int(timeout_s % 1 * 1e6))
+            )
             try:
                 self._processes[rank] = os.pidfd_open(pids[rank])
             except ProcessLookupError:
-                self._gone.add(rank)
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(timeout_s), int(timeout_s % 1 * 1e6)))
+                self._gone[rank] = _CLOSED
+                continue
+            self._selector.register(one, selectors.EVENT_READ, rank)
+            self._selector.register(self._processes[rank], selectors.EVENT_READ, rank)
         self._thread = threading.Thread(target=self._listen, name="trivium-nearby", daemon=True)
-        if sockets:
-            self._thread.start()
+        self._thread.start()
 
     @property
     def ranks(self) -> frozenset[int]:
@@ -146,20 +155,21 @@ class Nearby:
 
     def close(self) -> None:
         """Part from the neighbours; the thread ends. A forked child lets go of its copies alone."""
+        if self._closed:
+            return
         self._closed = True
         if os.getpid() == self._process:
             for one in self._sockets.values():
                 with contextlib.suppress(OSError):
                     one.shutdown(socket.SHUT_RDWR)
+            self._thread.join(timeout=5)
             if self._thread.is_alive():
-                self._thread.join(timeout=5)
-            if self._reader is not None:
-                self._reader.let(0)
+                return  # it copies a row: what it uses stays open until the process ends
         for one in self._sockets.values():
             one.close()
         for process in self._processes.values():
             os.close(process)
-        self._processes.clear()
+        self._selector.close()
 
     def _next(
         self, numbers: dict[tuple[int, int], int], ticket: Ticket, rank: int, channel: int, row: torch.Tensor
@@ -172,27 +182,34 @@ class Nearby:
         return rank, channel, number
 
     def _failure(self, ticket: Ticket) -> Exception | None:
-        lost = self._gone.intersection(ticket.pending)
-        return ticket.error or (RuntimeError(f"rank {min(lost)} closed its connection") if lost else None)
+        lost = sorted(set(self._gone).intersection(ticket.pending))
+        return ticket.error or (RuntimeError(f"rank {lost[0]} {self._gone[lost[0]]}") if lost else None)
 
     def _listen(self) -> None:
-        left: set[int] = set()
-        with selectors.DefaultSelector() as selector:
-            for rank, process in self._processes.items():
-                selector.register(self._sockets[rank], selectors.EVENT_READ, rank)
-                selector.register(process, selectors.EVENT_READ, rank)
-            while selector.get_map():
-                for ready, _ in selector.select():
-                    rank = ready.data
-                    ended = ready.fileobj == self._processes[rank]
-                    if rank in left or (not ended and self._hear(rank)):
-                        continue
-                    while ended and self._hear(rank):
-                        pass  # what it said before it ended
-                    left.add(rank)
-                    selector.unregister(self._sockets[rank])
-                    selector.unregister(self._processes[rank])
-                    self._lose(rank)
+        left = set(self._gone)
+        try:
+            while len(left) < len(self._sockets):
+                for ready, events in self._selector.select():
+                    if ready.data not in left and not self._attend(ready, events):
+                        left.add(ready.data)
+                        self._selector.unregister(self._sockets[ready.data])
+                        self._selector.unregister(self._processes[ready.data])
+                        self._lose(ready.data, _CLOSED)
+        except Exception as error:  # nobody would answer any more: whoever waits is told why
+            for rank in self._sockets:
+                self._lose(rank, f"is heard no more: {error!r}")
+            raise
+
+    def _attend(self, ready: selectors.SelectorKey, events: int) -> bool:
+        """Hear or answer the rank that is ready; False when it is gone."""
+        rank = ready.data
+        if ready.fileobj == self._processes[rank]:
+            while self._hear(rank):
+                pass  # what it said before it ended
+            return False
+        if events & selectors.EVENT_WRITE:
+            self._say_unsaid(rank)
+        return not events & selectors.EVENT_READ or self._hear(rank)
 
     def _hear(self, rank: int) -> bool:
         """Take one message of ``rank`` that is there; False when there is none, because it is gone."""
@@ -236,7 +253,7 @@ class Nearby:
         error: Exception | None = None
         if num_bytes != side.row.nbytes:
             error = _of_other_length(rank, side.row.nbytes, num_bytes)
-        elif self._reader is not None:
+        else:
             try:
                 self._reader.read(self._pids[rank], address, side.row)
             except OSError as failed:
@@ -253,14 +270,36 @@ class Nearby:
                 self._changed.notify_all()
 
     def _say(self, rank: int, kind: int, channel: int, number: int, address: int, num_bytes: int) -> None:
+        """See [Note: listeners never wait]."""
+        message = _MESSAGE.pack(kind, channel, number, address, num_bytes)
+        if threading.current_thread() is self._thread:
+            self._unsaid[rank].append(message)
+            self._say_unsaid(rank)
+            return
         try:
-            self._sockets[rank].send(_MESSAGE.pack(kind, channel, number, address, num_bytes))
+            self._sockets[rank].send(message)
+        except BlockingIOError:
+            self._lose(rank, f"took no message for {self._timeout_s:g} s")
         except OSError:
-            self._lose(rank)
+            self._lose(rank, _CLOSED)
 
-    def _lose(self, rank: int) -> None:
+    def _say_unsaid(self, rank: int) -> None:
+        """Send answers as long as there is room, and come again when there is more."""
+        unsaid, one = self._unsaid[rank], self._sockets[rank]
+        try:
+            while unsaid:
+                one.send(unsaid[0], socket.MSG_DONTWAIT)
+                unsaid.popleft()
+        except BlockingIOError:
+            pass
+        except OSError:
+            unsaid.clear()  # gone, as reading from it will tell
+        if one.fileno() in self._selector.get_map():
+            self._selector.modify(one, selectors.EVENT_READ | (selectors.EVENT_WRITE if unsaid else 0), rank)
+
+    def _lose(self, rank: int, how: str) -> None:
         with self._changed:
-            self._gone.add(rank)
+            self._gone.setdefault(rank, how)
             self._changed.notify_all()
 
 
@@ -292,99 +331,9 @@ class Reader:
             mine, theirs = _Span(at, end - at), _Span(address, end - at)
             count = self._call(pid, ctypes.byref(mine), 1, ctypes.byref(theirs), 1, 0)
             if count <= 0:
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+                code = ctypes.get_errno() if count else errno.EFAULT
+                raise OSError(code, os.strerror(code))
             at, address = at + count, address + count
-
-    def can_read(self, pid: int, address: int) -> bool:
-        """Whether the kernel lets this process see the probe of process ``pid``."""
-        found = torch.zeros(1, dtype=torch.int64)
-        try:
-            self.read(pid, address, found)
-        except OSError:
-            return False
-        return int(found) == _PROBE
-
-
-def meet(
-    rank: int,
-    neighbours: Mapping[int, int],
-    swap: Callable[[Any], Sequence[Any]],
-    timeout_s: float,
-) -> Nearby:
-    """Try to read ``neighbours`` (rank → process on this host), and connect to those where it works both ways.
-
-    Collective: ``swap`` gives every rank's JSON value by rank.
-    """
-    reader = _reader() if neighbours else None
-    door = _open_door() if reader is not None else None
-    probe = torch.full((1,), _PROBE, dtype=torch.int64)
-    net = os.readlink("/proc/self/ns/net") if door is not None else ""  # which names of sockets are known in
-    told = swap([probe.data_ptr(), door.getsockname().hex() if door is not None else "", net])
-    seen: list[int] = []
-    if reader is not None:
-        alike = [other for other in neighbours if told[other][1] and told[other][2] == net]
-        seen = [other for other in alike if reader.can_read(neighbours[other], told[other][0])]
-    everyone = swap(seen)
-    near = {other: neighbours[other] for other in seen if rank in everyone[other]}
-    sockets: dict[int, socket.socket] = {}
-    if door is not None:
-        with door:
-            for other in near:
-                if other < rank:
-                    sockets[other] = _knock(bytes.fromhex(told[other][1]), near[other])
-            while len(sockets) < len(near):
-                one, pid = _answer(door)
-                caller = [other for other in near if near[other] == pid and other > rank]
-                if caller:
-                    sockets[caller[0]] = one
-                else:
-                    one.close()
-    swap(None)
-    return Nearby(near, sockets, reader, timeout_s)
-
-
-def _reader() -> Reader | None:
-    if sys.platform != "linux":
-        return None
-    try:
-        reader = Reader()
-        reader.let(os.getppid())  # the launcher, whose other children the neighbours are
-    except OSError:
-        return None
-    return reader
-
-
-def _open_door() -> socket.socket:
-    """A socket under a name that the kernel chooses, in no file system."""
-    door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    door.bind("")
-    door.listen(128)
-    door.settimeout(_CONNECT_TIMEOUT_S)
-    return door
-
-
-def _knock(name: bytes, pid: int) -> socket.socket:
-    one = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    one.settimeout(_CONNECT_TIMEOUT_S)
-    one.connect(name)
-    one.settimeout(None)
-    if _process_behind(one) != pid:
-        raise SetupError(f"process {_process_behind(one)} answers in place of process {pid}, a rank of this run")
-    return one
-
-
-def _answer(door: socket.socket) -> tuple[socket.socket, int]:
-    try:
-        one, _ = door.accept()
-    except TimeoutError:
-        raise SetupError(f"a rank on this host did not connect within {_CONNECT_TIMEOUT_S:g} s") from None
-    one.settimeout(None)
-    return one, _process_behind(one)
-
-
-def _process_behind(one: socket.socket) -> int:
-    pid, _, _ = struct.unpack("3i", one.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return int(pid)
 
 
 def _of_other_length(rank: int, mine: int, theirs: int) -> MismatchError:
