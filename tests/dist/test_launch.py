@@ -60,8 +60,9 @@ def test_faults_end_in_seconds_with_the_fix(fault: str) -> None:
             "MASTER_PORT": str(taken.getsockname()[1]),
         }
         program = (
-            "import sys, torch, trivium\nfrom tests.clock import machine_s\nbegan = machine_s()\ntry:\n    trivium.init(device='cpu')\n"
-            "except trivium.base.errors.TriviumError as error:\n    print(machine_s() - began, error)\n"
+            "import sys, torch, trivium\nfrom tests.clock import Since\n"
+            "since = Since()\ntry:\n    trivium.init(device='cpu')\n"
+            "except trivium.base.errors.TriviumError as error:\n    print(since.seconds(), error)\n"
             "    sys.exit(error.exit_code)"
         )
         done = subprocess.run(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import trivium as tv
-from tests.clock import machine_s
+from tests.clock import Since
 from tests.zero import oracle, zoo
 from tests.zero.cases import message_of
 from tests.zero.oracle import Cell
@@ -97,8 +97,8 @@ def phases_that_differ(mesh: Any, what: str) -> tuple[str, float]:
                 pass
 
     mesh.comm("dp").barrier()
-    began = machine_s()
-    return message_of(call), machine_s() - began
+    since = Since()
+    return message_of(call), since.seconds()
 
 
 def left_over(mesh: Any) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import trivium as tv
-from tests.clock import machine_s
+from tests.clock import Since
 from tests.zero.cases import message_of
 from trivium.dist.mesh import Mesh
 from trivium.dist.shard import Placement
@@ -61,9 +61,9 @@ def models_that_differ(mesh: Mesh, what: str) -> tuple[str, float]:
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
     if what == "optimizer" and last:
         optimizer = torch.optim.AdamW([p for n, p in net.named_parameters() if "experts" not in n], lr=0.1)
-    began = machine_s()
+    since = Since()
     said = message_of(lambda: tv.zero.shard(net, optimizer, made, stage=3))
-    return said, machine_s() - began
+    return said, since.seconds()
 
 
 def to_expert(number: int, num_tokens: int) -> Routing:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import trivium as tv
-from tests.clock import machine_s
+from tests.clock import Since
 from tests.zero import zoo
 from tests.zero.cases import message_of
 
@@ -25,9 +25,9 @@ def other_order(mesh: Any, what: str, stage: int) -> tuple[str, float]:
     """All ranks are ready; the last one then makes its two calls the other way round."""
     calls = CALLS[what](mesh, stage)
     mesh.comm("dp").barrier()
-    began = machine_s()
+    since = Since()
     said = message_of(lambda: [call() for call in (calls[::-1] if mesh.rank == mesh.size - 1 else calls)])
-    return said, machine_s() - began
+    return said, since.seconds()
 
 
 def _two_shards(mesh: Any, stage: int) -> list[Callable[[], Any]]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import trivium as tv
-from tests.clock import machine_s
+from tests.clock import Since
 from tests.zero import oracle, zoo
 from tests.zero.cases import compare_with, message_of
 from tests.zero.oracle import Cell
@@ -178,9 +178,9 @@ def models_that_differ(mesh: Any, what: str) -> tuple[str, float]:
     """(h) One rank's model is another: the error on each rank, and how long it took to come once all were ready."""
     model, optimizer, options = _model_that_differs(what, mesh.rank == mesh.size - 1)
     mesh.comm("dp").barrier()
-    began = machine_s()
+    since = Since()
     said = message_of(lambda: tv.zero.shard(model, optimizer, mesh, **options))
-    return said, machine_s() - began
+    return said, since.seconds()
 
 
 def _model_that_differs(what: str, last: bool) -> tuple[nn.Module, Any, dict[str, Any]]:

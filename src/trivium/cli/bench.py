@@ -13,7 +13,7 @@ from trivium.cli.bench_inference import inference
 from trivium.cli.bench_quality import quality
 from trivium.cli.bench_serve import serve
 from trivium.cli.output import word_console
-from trivium.cli.report import JsonFile, PlotFile, check_folders, keep, tell
+from trivium.cli.report import JsonFile, PlotFile, check_files, keep, tell
 
 
 def register(app: typer.Typer) -> None:
@@ -66,7 +66,7 @@ def zero(
         memory=memory,
         wire=wire,
     )
-    check_folders(json_file, plot_file)
+    check_files(json_file, plot_file)
     words = word_console()
     command = f"trivium bench zero --shape {shape} --ranks {ranks} --rounds {rounds} --steps {steps}"
     command += f" --contestants {shlex.quote(','.join(names))}" if contestants else ""
@@ -95,7 +95,7 @@ def moe(
     from trivium.bench.moe import PARTS, MoEBench, lines, run
 
     names = PARTS if parts is None else tuple(name.strip() for name in parts.split(","))
-    check_folders(json_file)
+    check_files(json_file)
     if clock not in ("wall", "cpu"):
         raise ConfigError(f"clock={clock!r}: expected 'wall' or 'cpu'")
     bench = MoEBench(parts=names, threads=threads, rounds=rounds, clock="cpu" if clock == "cpu" else "wall")

@@ -10,7 +10,7 @@ import typer
 from trivium.base import log
 from trivium.base.errors import ConfigError
 from trivium.cli.output import word_console
-from trivium.cli.report import check_folders, keep, tell
+from trivium.cli.report import check_files, keep, tell
 
 
 def inference(
@@ -34,7 +34,7 @@ def inference(
     from trivium.bench.inference import CONTESTANTS, InferenceBench, run
     from trivium.bench.inference_table import lines, table
 
-    check_folders(json_file)
+    check_files(json_file)
     if perplexity is not None or text is not None:
         _perplexity(perplexity, text, tokens, threads, json_file)
         return

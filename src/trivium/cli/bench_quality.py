@@ -10,7 +10,7 @@ import typer
 
 from trivium.base import log
 from trivium.cli.output import word_console
-from trivium.cli.report import JsonFile, PlotFile, check_folders, keep, tell
+from trivium.cli.report import JsonFile, PlotFile, check_files, keep, tell
 
 
 def quality(
@@ -40,7 +40,7 @@ def quality(
     bench = QualityBench(
         claims=names, seeds=seeds, jobs=jobs, configs=configs, folder=folder, overrides=tuple(set_ or ())
     )
-    check_folders(json_file, plot_file)
+    check_files(json_file, plot_file)
     command = f"trivium bench quality --claim {shlex.quote(claim)} --seeds {seeds} --jobs {jobs}"
     command += "".join(f" --set {shlex.quote(text)}" for text in set_ or ())
     report = run(bench, command, word_console().print)

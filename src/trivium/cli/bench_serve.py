@@ -15,7 +15,7 @@ from rich.table import Table
 from trivium.base import log
 from trivium.base.errors import ConfigError
 from trivium.cli.output import word_console
-from trivium.cli.report import JsonFile, PlotFile, check_folders, keep, tell
+from trivium.cli.report import JsonFile, PlotFile, check_files, keep, tell
 
 if TYPE_CHECKING:
     from trivium.bench.serve_promises import Promises
@@ -57,7 +57,7 @@ def serve(
 
     if (model is not None) + (url is not None) + promises != 1:
         raise ConfigError("bench serve: give either a model to serve, --url of a running server, or --promises")
-    check_folders(json_file, csv_file, plot_file)
+    check_files(json_file, csv_file, plot_file)
     command = shlex.join([os.path.basename(sys.argv[0]), *_shown(sys.argv[1:])])
     if promises:
         from trivium.bench.serve_promises import ROWS, Promises
