@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.clock import Since
-from tests.worlds import Worlds, child_environment
+from tests.worlds import ROOT, Worlds, child_environment, free_port
 from trivium.base.errors import MismatchError
 from trivium.dist.meeting import meet
 from trivium.dist.nearby import Nearby, Reader, channel_of
@@ -240,3 +240,24 @@ def test_near_and_far_ranks_move_the_same(world: Worlds, size: int) -> None:
 def test_far_more_rows_than_a_socket_holds_may_be_under_way(world: Worlds) -> None:
     """All are started before one is waited for, on both ranks, as a model of many units does at stage 0."""
     assert world(2).run("tests.dist.cases", "many_under_way", 2000) == [[0.0, 1.0]] * 2
+
+
+def test_a_rank_that_dies_while_they_connect_is_named() -> None:
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.dist.killed_meeting"],
+            cwd=ROOT,
+            env=child_environment(
+                {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    said = [rank.communicate(timeout=240)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1, -9]
+    assert any(f"rank 2 (process {ranks[2].pid}" in told and "which is the cause" in told for told in said[:2])
+    assert all("a peer was lost" in told for told in said[:2])
