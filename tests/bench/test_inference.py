@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,10 @@ import pytest
 
 from trivium.base.errors import ConfigError
 from trivium.bench import inference_process
-from trivium.bench.inference import InferenceBench, read_limit, run, summary
+from trivium.bench.inference import InferenceBench, read_limit, run, summary, undisturbed
 from trivium.bench.inference_process import ContestantDied, Worker
 from trivium.bench.inference_table import lines, table, targets
+from trivium.bench.resident import Peak, resident
 from trivium.cli.output import data_console
 
 
@@ -64,6 +66,34 @@ def test_targets_tell_ratios_and_shares() -> None:
         "trivium int8: 91% of the read limit (aim 80%): met",
     ]
     assert all(line.endswith("missed") for line in targets(report_of(0.2, 0.21)))
+
+
+def test_targets_count_calm_rounds_of_those_where_both_took_part() -> None:
+    def told(stolen: float, **seconds: float) -> dict[str, Any]:
+        names = {"ours": "trivium int8", "theirs": "llama.cpp Q8_0"}
+        return {
+            "read_limit_gb_per_s": 10.0,
+            "seconds": {names[who]: {"decode 1": taken} for who, taken in seconds.items()},
+            "stolen": {"read limit": 0.0, **{names[who]: {"decode 1": stolen} for who in seconds}},
+        }
+
+    def aims(*rounds: dict[str, Any]) -> list[str]:
+        return targets({"shape": {"name": "0.5b"}, "rounds": list(rounds), "summary": {}})
+
+    (line,) = aims(told(0.3, ours=0.1, theirs=0.2), told(0.0, theirs=0.2))
+    assert line == "trivium int8, decode 1: 2.00 × llama.cpp Q8_0 (aim 1.3): met"
+    (line,) = aims(told(0.3, ours=0.1, theirs=0.2), told(0.0, theirs=0.2), told(0.0, ours=0.2, theirs=0.2))
+    assert "1.00 ×" in line
+    assert aims(told(0.0, theirs=0.2), told(0.0, ours=0.2)) == []
+    assert undisturbed([told(0.0)], "decode 1", []) == [told(0.0)]
+
+
+def test_nothing_is_taken_again_beyond_the_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("trivium.bench.stolen.Watched.share", lambda self: 0.5)
+    limits: list[int] = []
+    said: list[str] = []
+    report = dying(monkeypatch, tmp_path, 22, ("llama.cpp Q8_0",), said.append, 0.0, lambda n: limits.append(n) or 10.0)
+    assert limits == [2] and report["rounds"][0]["stolen"]["read limit"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -118,12 +148,13 @@ def dying(
     names: tuple[str, ...] = ("llama.cpp BF16", "llama.cpp Q8_0"),
     say: Callable[[str], None] = lambda words: None,
     budget_s: float = 300.0,
+    read_limit: Callable[[int], float] = lambda threads: 10.0,
 ) -> dict[str, Any]:
     (tmp_path / "dying_contestant.py").write_text(DYING)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setitem(inference_process.MODULES, "llama.cpp", "dying_contestant")
     monkeypatch.setattr("trivium.bench.inference.write_folder", lambda shape, folder: 1000)
-    monkeypatch.setattr("trivium.bench.inference.read_limit", lambda threads: 10.0)
+    monkeypatch.setattr("trivium.bench.inference.read_limit", read_limit)
     bench = InferenceBench(shape="tiny", rounds=2, batches=(1,), prefill=prefill, contestants=names, budget_s=budget_s)
     return run(bench, "the command", say)
 
@@ -171,3 +202,12 @@ def test_a_contestant_without_an_answer_is_ended(monkeypatch: pytest.MonkeyPatch
 
 def test_the_read_limit_is_a_rate() -> None:
     assert 0.05 < read_limit(1, 16 << 20) < 10_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured on Linux only")
+def test_the_read_limit_holds_its_memory_once() -> None:
+    size_bytes = 256 << 20
+    before = resident()
+    with Peak(interval_s=0.001) as peak:
+        read_limit(1, size_bytes)
+    assert peak.highest.total_bytes - before.total_bytes < 1.5 * size_bytes

@@ -4,7 +4,7 @@ import pytest
 
 from trivium.base.errors import ConfigError, RankError
 from trivium.bench.launch import launch
-from trivium.bench.runner import ratios, slowest, spread, summary, take_turns
+from trivium.bench.runner import most_on, ratios, slowest, spread, summary, take_turns
 
 
 def test_turns_rotate_and_all_do_the_same_steps() -> None:
@@ -48,9 +48,23 @@ def test_a_turn_of_which_much_was_stolen_is_repeated(monkeypatch: pytest.MonkeyP
     shares = iter([0.5, 0.3, 0.4, 0.5, 0.01])
     done: list[int] = []
     turns = take_turns(
-        {"a": done.append}, rounds=2, per_round=1, meet=lambda: None, tries=3, agree=lambda share: next(shares)
+        {"a": done.append},
+        rounds=2,
+        per_round=1,
+        meet=lambda: None,
+        tries=3,
+        agree=lambda share, late: (next(shares), late),
     )
     assert turns.stolen == {"a": [0.3, 0.01]} and done == [0, 0, 0, 1, 1]
+
+
+def test_the_worst_share_counts_on_all_ranks_and_the_latest() -> None:
+    class Swapping:
+        def swap(self, mine: list[int], phase: str) -> list[list[int]]:
+            return [mine, [30_000, 1]]
+
+    assert most_on(Swapping())(0.5, False) == (0.5, True)  # type: ignore[arg-type]
+    assert most_on(Swapping())(0.0, True) == (0.03, True)  # type: ignore[arg-type]
 
 
 def test_a_step_lasts_until_the_last_rank() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import io
 import json
 from pathlib import Path
@@ -32,9 +33,20 @@ def report() -> dict[str, Any]:
 
 def test_the_report_says_what_was_measured_where_and_how(report: dict[str, Any]) -> None:
     assert json.loads(json.dumps(report, allow_nan=False)) == report
-    assert {"schema", "bench", "date", "command", "machine", "workload", "skipped", "contestants", "targets"} == set(
-        report
-    )
+    assert {
+        "schema",
+        "bench",
+        "date",
+        "command",
+        "machine",
+        "workload",
+        "skipped",
+        "near",
+        "contestants",
+        "targets",
+    } == set(report)
+    assert report["near"] in ([[1], [0]], [[], []])  # where the kernel forbids it, nobody reads
+    assert report["workload"]["tries"] == 4
     assert {"cpu", "cores", "memory_bytes", "torch", "python"} <= set(report["machine"])
     assert report["workload"]["parameters"] == preset("1m").num_parameters()
     assert list(report["contestants"]) == ["ddp", "trivium-1", "trivium-3", "loopback-3"]
@@ -60,6 +72,15 @@ def test_a_report_becomes_a_table_and_a_picture(report: dict[str, Any], tmp_path
     Console(file=page, width=140).print(table(report))
     assert "Trivium stage 3 " in page.getvalue() and "Trivium stage 3, loopback" in page.getvalue()
     assert "÷ DDP" in page.getvalue()
+    assert "sent/Ψ" in page.getvalue() and "brackets" not in page.getvalue()
+    wired = copy.deepcopy(report)
+    for name in ("ddp", "loopback-3"):
+        wired["contestants"][name]["bytes"]["wire"] = 4.0 * preset("1m").num_parameters()
+    Console(file=page, width=140).print(table(wired))
+    rows = {line[:26].strip(): line.split()[-1] for line in page.getvalue().splitlines()[-12:] if line.strip()}
+    assert rows["Trivium stage 3, loopback"] == rows["DDP"] == "2.00" and rows["Trivium stage 1"] == "(2.00)"
+    assert "in brackets: by the ledger" in page.getvalue()
+    plot(wired, tmp_path / "wired.svg")
     (line,) = targets(report)
     assert "target at most 1.03" in line
     plot(report, tmp_path / "zero.svg")
@@ -91,6 +112,33 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_starts() -> None:
 
 def test_a_missing_rival_is_skipped_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_zero.importlib.util, "find_spec", lambda name: None)
-    names, skipped = bench_zero._present(("ddp", "deepspeed-3", "trivium-3"))
+    names, skipped = bench_zero._present(("ddp", "deepspeed-3", "trivium-3"), "cpu")
     assert names == ["ddp", "trivium-3"]
     assert "pip install" in skipped["deepspeed-3"]
+    names, skipped = bench_zero._present(("loopback-1", "deepspeed-3", "trivium-3", "loopback-3"), "cuda")
+    assert names == ["trivium-3"] and list(skipped) == ["loopback-1", "deepspeed-3", "loopback-3"]
+    assert "no rank reads another's memory" in skipped["loopback-1"]
+    with pytest.raises(ConfigError, match="nothing to measure: on cuda"):
+        bench_zero._present(("loopback-1",), "cuda")
+
+
+@pytest.mark.parametrize(
+    ("near", "sending"), [(True, ["ddp", "loopback-1"]), (False, ["ddp", "trivium-1", "loopback-1"])]
+)
+def test_the_wire_is_measured_of_all_who_send(monkeypatch: pytest.MonkeyPatch, near: bool, sending: list[str]) -> None:
+    def launched(module: str, request: dict[str, Any], ranks: int, **more: Any) -> list[dict[str, Any]]:
+        return [{"sent_bytes": dict.fromkeys(request["contestants"], 10.0)}] * ranks
+
+    monkeypatch.setattr(bench_zero, "launch", launched)
+    monkeypatch.setattr(bench_zero.loopback, "prefix", lambda: ["unshare"])
+    names = ("ddp", "trivium-1", "loopback-1")
+    found: dict[str, dict[str, Any]] = {name: {"bytes": {}} for name in names}
+    bench_zero._wire(ZeroBench(contestants=names), names, found, lambda line: None, near=near)
+    assert [name for name in names if found[name]["bytes"] == {"wire": 5.0}] == sending
+
+
+def test_a_delayed_step_is_compared_where_little_was_stolen() -> None:
+    times = {"trivium-1": [[1.0], [1.0], [1.0]], "trivium-1+delay": [[1.5], [9.0], [8.0]]}
+    stolen = {"trivium-1": [0.0, 0.0, 0.3], "trivium-1+delay": [0.0, 0.4, 0.0]}
+    assert bench_zero._longer_s(times, stolen, "trivium-1") == 0.5
+    assert bench_zero._longer_s(times, {name: [0.5] * 3 for name in times}, "trivium-1") == 7.0

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -42,6 +42,8 @@ CONTESTANTS: dict[str, float] = {
     "OpenVINO int8": 1.5,
     "OpenVINO int4": 1.0,
 }
+T = TypeVar("T")
+
 SPARE_BYTES = 2 << 30  # what a process takes beside its weights, with room for loading them
 
 
@@ -51,7 +53,8 @@ class InferenceBench:
 
     A figure during which more than `stolen.LITTLE` of the cores was taken away is taken again, ``tries`` times in all;
     the one that lost least counts. ``context``: tokens that all sequences of a batch hold together, at least 8 each.
-    No round begins that would not end within ``budget_s`` seconds of the start, except the first.
+    No round begins that would not end within ``budget_s`` seconds of the start, except the first, and nothing is taken
+    again after them.
     """
 
     shape: str = "0.5b"
@@ -96,7 +99,7 @@ def run(
         say(f"{bench.shape}: writing random weights")
         parameters = write_folder(bench.shape, Path(folder))
         say(registry.explain())
-        field = Field(bench, Path(folder), parameters, say)
+        field = Field(bench, Path(folder), parameters, say, until_s=started + bench.budget_s)
         try:
             while len(rounds) < bench.rounds:
                 begun, loading = time.monotonic(), field.loading_s
@@ -127,8 +130,10 @@ def run(
 class Field:
     """The contestants: those that memory can hold stay loaded between rounds, the largest come anew for each turn."""
 
-    def __init__(self, bench: InferenceBench, folder: Path, parameters: int, say: Callable[[str], None]) -> None:
-        self._bench, self._folder, self._say = bench, folder, say
+    def __init__(
+        self, bench: InferenceBench, folder: Path, parameters: int, say: Callable[[str], None], *, until_s: float
+    ) -> None:
+        self._bench, self._folder, self._say, self._until_s = bench, folder, say, until_s
         self._need = {name: int(CONTESTANTS[name] * parameters) + SPARE_BYTES for name in bench.contestants}
         self._loaded: dict[str, Worker] = {}
         self._ways: dict[str, str] = {}
@@ -141,6 +146,10 @@ class Field:
         """Who is absent and why, what else is to be known, and bytes per step."""
         return {"absent": self._absent, "notes": self._notes, "step_bytes": self.step_bytes}
 
+    def repeated(self, measure: Callable[[], T]) -> tuple[T, float]:
+        """What was measured when least was stolen, and the share; taken again as often as the bench may."""
+        return least_stolen(measure, self._bench.tries, until_s=self._until_s)
+
     def turn(self, name: str, questions: dict[str, dict[str, Any]]) -> dict[str, tuple[float, float]]:
         """Per workload, as far as the contestant lives to tell: seconds, and the share of the cores that was stolen."""
         found: dict[str, tuple[float, float]] = {}
@@ -149,8 +158,7 @@ class Field:
                 worker = self._load(name)
                 for workload, question in questions.items():
                     if workload not in found:
-                        asked = partial(worker.ask, question)
-                        answer, share = least_stolen(asked, self._bench.tries)
+                        answer, share = self.repeated(partial(worker.ask, question))
                         found[workload] = answer["seconds"], share
             except ContestantDied as error:
                 self._loaded.pop(name, None)
@@ -190,7 +198,7 @@ class Field:
 
 
 def _round(bench: InferenceBench, field: Field, number: int, say: Callable[[str], None]) -> dict[str, Any]:
-    limit, share = least_stolen(lambda: read_limit(bench.threads), bench.tries)
+    limit, share = field.repeated(lambda: read_limit(bench.threads))
     found: dict[str, Any] = {"read_limit_gb_per_s": limit, "seconds": {}, "stolen": {"read limit": round(share, 3)}}
     questions: dict[str, dict[str, Any]] = {
         f"decode {batch}": {"do": "decode", "batch": batch, "context": bench.context_of(batch), "steps": bench.steps}
@@ -210,7 +218,7 @@ def read_limit(threads: int, size_bytes: int = 512 << 20) -> float:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        data = Arena().keep(torch.zeros(size_bytes // 8, dtype=torch.int64))
+        data = Arena().keep(torch.zeros((), dtype=torch.int64).expand(size_bytes // 8))  # one number, copied all over
         times = []
         for _ in range(5):
             start = time.perf_counter()
@@ -226,7 +234,8 @@ def undisturbed(rounds: list[dict[str, Any]], workload: str, names: Iterable[str
 
     def worst(round_: dict[str, Any]) -> float:
         shares = [round_.get("stolen", {}).get(name, 0.0) for name in names]
-        return float(max(share.get(workload, 0.0) if isinstance(share, dict) else share for share in shares))
+        told = (share.get(workload, 0.0) if isinstance(share, dict) else share for share in shares)
+        return float(max(told, default=0.0))
 
     return [r for r in rounds if worst(r) <= LITTLE] or rounds
 

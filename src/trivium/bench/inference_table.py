@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from typing import Any
 
 from rich.table import Table
@@ -63,14 +64,10 @@ def targets(report: dict[str, Any]) -> list[str]:
     lines = []
     aims = (*TARGETS, ON_GPT2) if report["shape"]["name"] == "gpt2" else TARGETS
     for ours, workload, others, aim in aims:
-        told = [
-            (r, [r["seconds"][name][workload] for name in others if workload in r["seconds"].get(name, {})])
-            for r in undisturbed(report["rounds"], workload, [ours, *others])
-            if workload in r["seconds"].get(ours, {})
-        ]
-        ratios = [min(rivals) / r["seconds"][ours][workload] for r, rivals in told if rivals]
-        if ratios:
-            ratio = statistics.median(ratios)
+        both = [r for r in report["rounds"] if _told(r, workload, [ours]) and _told(r, workload, others)]
+        calm = undisturbed(both, workload, [ours, *others])
+        if calm:
+            ratio = statistics.median(min(_told(r, workload, others)) / r["seconds"][ours][workload] for r in calm)
             word = "met" if ratio >= aim else "missed"
             lines.append(f"{ours}, {workload}: {ratio:.2f} × {' or '.join(others)} (aim {aim}): {word}")
     for name, aim in SHARES.items():
@@ -80,3 +77,9 @@ def targets(report: dict[str, Any]) -> list[str]:
                 f"{name}: {share:.0%} of the read limit (aim {aim:.0%}): {'met' if share >= aim else 'missed'}"
             )
     return lines
+
+
+def _told(round_: dict[str, Any], workload: str, names: Iterable[str]) -> list[float]:
+    """The seconds of those of these contestants that took part."""
+    taken = (round_["seconds"].get(name, {}) for name in names)
+    return [seconds[workload] for seconds in taken if workload in seconds]

@@ -43,7 +43,8 @@ _RANKS_MODULE = "trivium.bench.moe_ranks"
 class MoEBench:
     """What to measure. ``clock``: ``cpu`` times what one thread computes, whatever else the machine does.
 
-    A turn of which more than `stolen.LITTLE` of the cores was taken away is taken again, ``tries`` times in all.
+    A turn of which more than `stolen.LITTLE` of the cores was taken away is taken again, ``tries`` times in all, unless
+    ``clock`` is ``cpu`` or half of a launch's ``timeout_s`` has passed.
     """
 
     parts: tuple[str, ...] = PARTS
@@ -177,6 +178,7 @@ def _crossover(bench: MoEBench, targets: list[dict[str, Any]], say: Callable[[st
 
 def _launch(bench: MoEBench, ranks: int, mode: str, **more: Any) -> list[dict[str, Any]]:
     alone = ranks == 1
+    clock = bench.clock if alone else "wall"
     request = {
         "mode": mode,
         "ranks": ranks,
@@ -184,8 +186,9 @@ def _launch(bench: MoEBench, ranks: int, mode: str, **more: Any) -> list[dict[st
         "rounds": 3 if mode == "memory" else bench.rounds,
         "per_round": 1 if alone else 3,
         "warm_up": 1,
-        "tries": bench.tries,
-        "clock": bench.clock if alone else "wall",
+        "tries": 1 if clock == "cpu" else bench.tries,
+        "repeat_s": bench.timeout_s / 2,
+        "clock": clock,
         **more,
     }
     return launch(_RANKS_MODULE, request, ranks, timeout_s=bench.timeout_s)

@@ -179,6 +179,7 @@ def _turns(mesh: Mesh, steps: Mapping[str, Callable[[int], Any]], request: dict[
         clock=time.process_time if request.get("clock") == "cpu" else time.perf_counter,
         tries=int(request["tries"]),
         agree=most_on(mesh.comm("world")),
+        until_s=float(request["until_s"]),
     )
     return {"times": turns.times, "stolen": turns.stolen}
 
@@ -187,6 +188,7 @@ def main(request_path: str, folder: str) -> None:
     """Do what the request asks and report."""
     warnings.simplefilter("ignore")
     request: dict[str, Any] = json.loads(Path(request_path).read_text())
+    request["until_s"] = time.monotonic() + float(request["repeat_s"])
     torch.set_num_threads(int(request["threads"]))
     mesh = init(device="cpu", ep=int(request["ranks"]))
     modes = {"layers": layers, "movers": movers, "memory": memory, "training": training, "crossover": crossover}

@@ -26,8 +26,11 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         ratio = {name: one["ratio"][base]["median"] for name, one in everyone.items()}
         panels.append((f"step time ÷ {title(base)}", ratio))
     memory = {n: one["memory"]["bytes_per_parameter"] for n, one in everyone.items() if "memory" in one}
-    wire = {n: one["bytes"]["wire"] / unit for n, one in everyone.items() if "wire" in one["bytes"]}
-    panels += [("peak bytes per parameter and rank", memory), ("elements on the wire ÷ Ψ(N−1)/N", wire)]
+    sent: dict[str, float] = {}
+    if any("wire" in one["bytes"] for one in everyone.values()):  # who reads memory sends nothing: then by the ledger
+        counted = {n: one["bytes"].get("wire", one["bytes"].get("ledger")) for n, one in everyone.items()}
+        sent = {name: num_bytes / unit for name, num_bytes in counted.items() if num_bytes is not None}
+    panels += [("peak bytes per parameter and rank", memory), ("elements moved ÷ Ψ(N−1)/N", sent)]
     panels = [(label, values) for label, values in panels if values]
     figure = Figure(figsize=(4.2 * max(len(panels), 1), 0.42 * len(everyone) + 1.3), layout="constrained")
     names = list(everyone)
@@ -40,7 +43,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
             heights,
             color=[_OURS if name.startswith(("trivium", "loopback")) else _THEIRS for name in names],
         )
-        axes.bar_label(bars, [f"{height:.2f}" if height < 10 else f"{height:.1f}" for height in heights], padding=3)
+        axes.bar_label(bars, [_label(values.get(name)) for name in names], padding=3)
         axes.set_title(label, fontsize=10)
         axes.margins(x=0.2)
         axes.spines[["top", "right"]].set_visible(False)
@@ -51,3 +54,8 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         fontsize=9,
     )
     figure.savefig(path, dpi=150)
+
+
+def _label(height: float | None) -> str:
+    """Nothing where nothing was measured."""
+    return "" if height is None else f"{height:.2f}" if height < 10 else f"{height:.1f}"

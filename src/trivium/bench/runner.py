@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from trivium.base.errors import ConfigError
-from trivium.bench.stolen import LITTLE, least_stolen
+from trivium.bench.stolen import LITTLE, Agree, least_stolen
 from trivium.dist.comm import Comm
 
 Step = Callable[[int], None]
@@ -38,14 +38,15 @@ def take_turns(
     first_step: int = 0,
     clock: Callable[[], float] = time.perf_counter,
     tries: int = 1,
-    agree: Callable[[float], float] = lambda share: share,
+    agree: Agree = lambda share, late: (share, late),
+    until_s: float | None = None,
 ) -> Turns:
     """Seconds of every step on this rank. Collective where the steps are.
 
     In each round every contestant does ``per_round`` steps on the same batches; who begins moves on by one per round.
     ``meet`` returns when all ranks have come, so that no one pays for another's lateness. ``clock`` may be
     `time.process_time`, which other processes do not slow, for steps that neither wait nor run in several threads.
-    ``tries`` and ``agree``: see `stolen.least_stolen`.
+    ``tries``, ``agree`` and ``until_s``: see `stolen.least_stolen`.
     """
     names = list(steps)
     turns = Turns(times={name: [] for name in names}, stolen={name: [] for name in names})
@@ -62,15 +63,20 @@ def take_turns(
     for number in range(rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            found, share = least_stolen(partial(taken, name, first_step + number * per_round), tries, agree)
+            found, share = least_stolen(partial(taken, name, first_step + number * per_round), tries, agree, until_s)
             turns.times[name].append(found)
             turns.stolen[name].append(round(share, 4))
     return turns
 
 
-def most_on(comm: Comm) -> Callable[[float], float]:
-    """Of shares that the ranks of ``comm`` saw, the greatest, on all of them. Collective where it is called."""
-    return lambda share: max(seen for (seen,) in comm.swap([round(share * 1e6)], "turns")) / 1e6
+def most_on(comm: Comm) -> Agree:
+    """The greatest share that a rank of ``comm`` saw, and late if one is, on all. Collective where it is called."""
+
+    def agree(share: float, late: bool) -> tuple[float, bool]:
+        shares, lates = zip(*comm.swap([round(share * 1e6), int(late)], "turns"), strict=True)
+        return max(shares) / 1e6, bool(max(lates))
+
+    return agree
 
 
 def slowest(by_rank: Sequence[Times]) -> Times:
@@ -104,6 +110,12 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(least=min(values), median=statistics.median(values), greatest=max(values))
 
 
+def counting(num_rounds: int, stolen: Mapping[str, Sequence[float]] | None, *names: str) -> Sequence[int]:
+    """The rounds in which at most `stolen.LITTLE` was taken from each of these; all if none is like that."""
+    every = range(num_rounds)
+    return [n for n in every if stolen is None or max(stolen[name][n] for name in names) <= LITTLE] or every
+
+
 def ratios(times: Times, base: str, stolen: Mapping[str, Sequence[float]] | None = None) -> dict[str, Spread]:
     """Per contestant the spread over rounds of (its round's median step) / (the base's in the same round).
 
@@ -114,9 +126,8 @@ def ratios(times: Times, base: str, stolen: Mapping[str, Sequence[float]] | None
     middles = {name: [statistics.median(taken) for taken in rounds] for name, rounds in times.items()}
     found = {}
     for name, middle in middles.items():
-        all_rounds = range(len(middle))
-        calm = [n for n in all_rounds if stolen is None or max(stolen[name][n], stolen[base][n]) <= LITTLE]
-        found[name] = spread([middle[n] / middles[base][n] for n in calm or all_rounds])
+        calm = counting(len(middle), stolen, name, base)
+        found[name] = spread([middle[n] / middles[base][n] for n in calm])
     return found
 
 
@@ -124,6 +135,6 @@ def summary(times: Times, stolen: Mapping[str, Sequence[float]] | None = None) -
     """Step times per contestant, over the rounds that `ratios` counts, each contestant's own."""
     found = {}
     for name, rounds in times.items():
-        calm = [taken for number, taken in enumerate(rounds) if stolen is None or stolen[name][number] <= LITTLE]
-        found[name] = spread([step for taken in calm or rounds for step in taken]).to_dict()
+        calm = counting(len(rounds), stolen, name)
+        found[name] = spread([step for n in calm for step in rounds[n]]).to_dict()
     return found

@@ -19,6 +19,8 @@ LITTLE = 0.02
 """The share of the cores that may be gone from a figure that is not taken again."""
 
 T = TypeVar("T")
+Agree = Callable[[float, bool], tuple[float, bool]]
+"""Makes one answer of those of several ranks: the share that was stolen, and whether it is too late to repeat."""
 
 
 def stolen_s() -> float:
@@ -26,8 +28,8 @@ def stolen_s() -> float:
     nobody tells (off Linux, or no virtual machine)."""
     if not _STAT.exists():
         return 0.0
-    every, *_ = _STAT.read_text().partition("\n")
-    return int(every.split()[8]) / _TICKS_PER_S
+    columns = _STAT.read_text().partition("\n")[0].split()
+    return int(columns[8]) / _TICKS_PER_S if len(columns) > 8 else 0.0
 
 
 class Watched:
@@ -37,29 +39,38 @@ class Watched:
         self._began_s, self._stolen_s = time.monotonic(), stolen_s()
 
     def share(self) -> float:
-        """Since the beginning: 0 none of the cores, 1 all of them."""
+        """Since the beginning: 0 none of the cores, 1 all of them.
+
+        One tick less than the kernel counted: it may have begun before, and of a short turn it is much.
+        """
         taken_s = time.monotonic() - self._began_s
+        gone_s = stolen_s() - self._stolen_s - 1 / _TICKS_PER_S
         cores = psutil.cpu_count(logical=True) or 1
-        return (stolen_s() - self._stolen_s) / (taken_s * cores) if taken_s else 0.0
+        return min(max(gone_s / (taken_s * cores), 0.0), 1.0) if taken_s else 0.0
 
 
 def least_stolen(
-    measure: Callable[[], T], tries: int, agree: Callable[[float], float] = lambda share: share
+    measure: Callable[[], T],
+    tries: int,
+    agree: Agree = lambda share, late: (share, late),
+    until_s: float | None = None,
 ) -> tuple[T, float]:
     """What ``measure`` gave when least was stolen, and the share: called until it is `LITTLE`, ``tries`` times or less.
 
-    ``agree`` makes one share of those that several ranks saw, so that they go on or stop together.
+    Nothing is repeated that would begin after ``until_s``, on the monotonic clock. ``agree`` makes one answer of those
+    of several ranks, so that they go on or stop together.
     """
 
-    def once() -> tuple[T, float]:
+    def once() -> tuple[T, float, bool]:
         watched = Watched()
-        return measure(), agree(watched.share())
+        found = measure()
+        return found, *agree(watched.share(), until_s is not None and time.monotonic() >= until_s)
 
-    best, least = once()
+    best, least, late = once()
     for _ in range(tries - 1):
-        if least <= LITTLE:
+        if least <= LITTLE or late:
             break
-        found, share = once()
+        found, share, late = once()
         if share < least:
             best, least = found, share
     return best, least

@@ -39,6 +39,9 @@ def table(report: Mapping[str, Any]) -> Table:
     built.add_column("B/Ψ", justify="right", no_wrap=True)
     wired = any("wire" in one["bytes"] for one in everyone.values())
     built.add_column("wire/Ψ" if wired else "sent/Ψ", justify="right", no_wrap=True)
+    if wired and any("ledger" in one["bytes"] and "wire" not in one["bytes"] for one in everyone.values()):
+        built.caption = "wire/Ψ in brackets: by the ledger, of what is read from memory and never on the wire"
+        built.caption_justify = "left"
     delayed = any("delay" in one for one in everyone.values())
     if delayed:
         built.add_column("hidden", justify="right", no_wrap=True)
@@ -46,7 +49,10 @@ def table(report: Mapping[str, Any]) -> Table:
         cells = [title(name), _seconds(one["step_s"]["median"])]
         cells += [f"{one['ratio'][base]['median']:.2f}" for base in bases]
         cells += [f"{one['memory']['bytes_per_parameter']:.1f}" if "memory" in one else ""]
-        cells += [_volume(work, one["bytes"].get("wire" if wired else "ledger"))]
+        sent = _volume(work, one["bytes"].get("ledger"))
+        if wired:
+            sent = _volume(work, one["bytes"]["wire"]) if "wire" in one["bytes"] else sent and f"({sent})"
+        cells += [sent]
         if delayed:
             cells += [f"{one['delay']['hidden']:.0%}" if "delay" in one else ""]
         built.add_row(*cells)

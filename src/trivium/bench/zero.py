@@ -24,7 +24,7 @@ from trivium.base.errors import CapacityError, ConfigError
 from trivium.base.units import format_bytes
 from trivium.bench import loopback, machine
 from trivium.bench.launch import launch
-from trivium.bench.runner import Times, ratios, slowest, spread, summary
+from trivium.bench.runner import Times, counting, ratios, slowest, summary
 from trivium.models import DecoderConfig, preset
 from trivium.plan.forecast import Setting, forecast, inventory_of
 from trivium.zero import ZeroConfig
@@ -67,7 +67,8 @@ _TARGETS = (
 class ZeroBench:
     """What to measure. ``delay_ms``: per collective of ours, 0 for none; ``memory`` and ``wire``: take these too.
 
-    A turn of which more than `stolen.LITTLE` of the cores was taken away is taken again, ``tries`` times in all.
+    A turn of which more than `stolen.LITTLE` of the cores was taken away is taken again, ``tries`` times in all, until
+    half of a launch's ``timeout_s`` has passed.
     """
 
     shape: str = "34m"
@@ -111,10 +112,10 @@ class ZeroBench:
 
 def run(bench: ZeroBench, command: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Measure, and return the report that `docs/benchmarks.md` describes. ``say`` hears one line per launch."""
-    names, skipped = _present(bench.contestants)
+    names, skipped = _present(bench.contestants, bench.device)
     _require_memory(bench, names)
     found: dict[str, dict[str, Any]] = {name: {} for name in names}
-    report = {
+    report: dict[str, Any] = {
         "schema": SCHEMA,
         "bench": "zero",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -127,7 +128,7 @@ def run(bench: ZeroBench, command: str, say: Callable[[str], None]) -> dict[str,
     for name, reason in skipped.items():
         say(f"{name} is skipped: {reason}")
     say(f"times: {len(names)} contestants, {bench.rounds} rounds of {bench.per_round} steps")
-    _time(bench, names, found)
+    report["near"] = _time(bench, names, found)
     if bench.delay_ms and any(_ours(name) for name in names):
         say(f"overlap: ours with {bench.delay_ms:g} ms more per collective, in turns with none")
         _delay(bench, [name for name in names if _ours(name)], found)
@@ -135,12 +136,13 @@ def run(bench: ZeroBench, command: str, say: Callable[[str], None]) -> dict[str,
         for name in names:
             say(f"memory: {name}")
             _memory(bench, name, found[name])
-    _wire(bench, names, found, say)
+    _wire(bench, names, found, say, near=any(report["near"]))
     report["targets"] = _judge(bench, found)
     return report
 
 
-def _time(bench: ZeroBench, names: Sequence[str], found: dict[str, dict[str, Any]]) -> None:
+def _time(bench: ZeroBench, names: Sequence[str], found: dict[str, dict[str, Any]]) -> list[list[int]]:
+    """By rank, the ranks whose memory it read in ``trivium-*``."""
     by_rank = launch(_RANKS_MODULE, _request(bench, "time", names), bench.ranks, timeout_s=bench.timeout_s)
     times = slowest([one["times"] for one in by_rank])
     stolen = by_rank[0]["stolen"]
@@ -154,6 +156,7 @@ def _time(bench: ZeroBench, names: Sequence[str], found: dict[str, dict[str, Any
         if base in names:
             for name, ratio in ratios(times, base, stolen).items():
                 found[name].setdefault("ratio", {})[base] = ratio.to_dict()
+    return [one["near"] for one in by_rank]
 
 
 def _bytes(bench: ZeroBench, name: str, counts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -174,13 +177,14 @@ def _delay(bench: ZeroBench, names: Sequence[str], found: dict[str, dict[str, An
     delay_s = bench.delay_ms / 1000
     request = {**_request(bench, "time", names), "delay_s": delay_s}
     by_rank = launch(_RANKS_MODULE, request, bench.ranks, timeout_s=bench.timeout_s)
-    times = slowest([one["times"] for one in by_rank])
+    times, stolen = slowest([one["times"] for one in by_rank]), by_rank[0]["stolen"]
+    step_s = summary(times, stolen)
     for name in names:
         counts = [one["counts"][name] for one in by_rank]
         steps = counts[0]["steps"]
         calls = sum(n for phase, n in counts[0]["calls_by_phase"].items() if phase != "agree") / steps
         waited_s = statistics.mean(one["waited_s"] for one in counts) / steps
-        longer_s = _longer_s(times, name)
+        longer_s = _longer_s(times, stolen, name)
         injected_s = calls * delay_s
         found[name]["delay"] = {
             "delay_s": delay_s,
@@ -190,16 +194,15 @@ def _delay(bench: ZeroBench, names: Sequence[str], found: dict[str, dict[str, An
             "longer_s": longer_s,
             "hidden": 1 - waited_s / injected_s if injected_s else None,
             "hidden_by_step_time": 1 - longer_s / injected_s if injected_s else None,
-            "step_s": spread([step for taken in times[f"{name}+delay"] for step in taken]).to_dict(),
+            "step_s": step_s[f"{name}+delay"],
         }
 
 
-def _longer_s(times: Times, name: str) -> float:
-    """How much longer a delayed step takes: the median over rounds of the difference within a round."""
-    return statistics.median(
-        statistics.median(late) - statistics.median(plain)
-        for late, plain in zip(times[f"{name}+delay"], times[name], strict=True)
-    )
+def _longer_s(times: Times, stolen: Mapping[str, Sequence[float]], name: str) -> float:
+    """How much longer a delayed step takes: the median over rounds that count of the difference within a round."""
+    late, plain = times[f"{name}+delay"], times[name]
+    calm = counting(len(plain), stolen, name, f"{name}+delay")
+    return statistics.median(statistics.median(late[n]) - statistics.median(plain[n]) for n in calm)
 
 
 def _memory(bench: ZeroBench, name: str, found: dict[str, Any]) -> None:
@@ -213,9 +216,11 @@ def _memory(bench: ZeroBench, name: str, found: dict[str, Any]) -> None:
     }
 
 
-def _wire(bench: ZeroBench, names: Sequence[str], found: dict[str, dict[str, Any]], say: Callable[[str], None]) -> None:
-    """Bytes per rank and step that the kernel saw on loopback, headers included."""
-    sending = [name for name in names if not name.startswith("trivium-")]  # those read memory: loopback sees little
+def _wire(
+    bench: ZeroBench, names: Sequence[str], found: dict[str, dict[str, Any]], say: Callable[[str], None], *, near: bool
+) -> None:
+    """Bytes per rank and step that the kernel saw on loopback, headers included; not of those that read memory."""
+    sending = [name for name in names if not (near and name.startswith("trivium-"))]
     if not bench.wire or bench.device != "cpu" or not sending:
         return
     before = loopback.prefix()
@@ -258,6 +263,7 @@ def _request(bench: ZeroBench, mode: str, names: Sequence[str]) -> dict[str, Any
         "per_round": bench.per_round,
         "warm_up": bench.warm_up,
         "tries": bench.tries,
+        "repeat_s": bench.timeout_s / 2,
         "delay_s": 0.0,
         "device": bench.device,
     }
@@ -276,20 +282,23 @@ def _workload(bench: ZeroBench) -> dict[str, Any]:
         "optimizer": "AdamW(fused=True)",
         "rounds": bench.rounds,
         "steps_per_round": bench.per_round,
+        "tries": bench.tries,
         "warm_up": bench.warm_up,
         "device": bench.device,
     }
 
 
-def _present(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def _present(names: Sequence[str], device: str) -> tuple[list[str], dict[str, str]]:
     """Contestants that can be run here, and why the others cannot."""
-    if importlib.util.find_spec("deepspeed") is not None:
-        return list(names), {}
-    reason = "deepspeed is not installed; pip install 'trivium[bench]'"
-    there = [name for name in names if not name.startswith("deepspeed")]
-    if not there:
-        raise ConfigError(f"nothing to measure: {reason}")
-    return there, {name: reason for name in names if name not in there}
+    reasons = {}
+    if importlib.util.find_spec("deepspeed") is None:
+        reasons["deepspeed"] = "deepspeed is not installed; pip install 'trivium[bench]'"
+    if device != "cpu":
+        reasons["loopback"] = f"on {device} no rank reads another's memory: it would be trivium once more"
+    skipped = {name: reasons[kind] for name in names if (kind := name.partition("-")[0]) in reasons}
+    if len(skipped) == len(names):
+        raise ConfigError(f"nothing to measure: {'; '.join(dict.fromkeys(skipped.values()))}")
+    return [name for name in names if name not in skipped], skipped
 
 
 def _require_memory(bench: ZeroBench, names: Sequence[str]) -> None:

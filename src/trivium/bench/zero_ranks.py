@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +81,7 @@ class Workload:
 
 def time_in_turns(work: Workload, request: dict[str, Any]) -> dict[str, Any]:
     """All contestants of the request side by side; with a delay, each without it and with it."""
+    until_s = time.monotonic() + float(request["repeat_s"])
     delay_s, losses = float(request["delay_s"]), {}
     warm_up = int(request["warm_up"])
     contestants = {name: work.contestant(name) for name in request["contestants"]}
@@ -115,9 +117,15 @@ def time_in_turns(work: Workload, request: dict[str, Any]) -> dict[str, Any]:
         first_step=warm_up,
         tries=int(request["tries"]),
         agree=most_on(work.mesh.comm("dp")),
+        until_s=until_s,
     )
-    counts = {name: one.counts() for name, one in contestants.items()}
-    return {"times": turns.times, "stolen": turns.stolen, "losses": losses, "counts": counts}
+    return {
+        "times": turns.times,
+        "stolen": turns.stolen,
+        "losses": losses,
+        "counts": {name: one.counts() for name, one in contestants.items()},
+        "near": sorted(work.near.link.near),
+    }
 
 
 def memory(work: Workload, request: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +191,7 @@ def main(request_path: str, folder: str) -> None:
     request: dict[str, Any] = json.loads(Path(request_path).read_text())
     torch.set_num_threads(1)
     mesh = init(device=request["device"], nearby=False)
-    near = init(device=request["device"])
+    near = init(device=request["device"], nearby=request["mode"] != "traffic")  # what is counted there is all sent
     mode = {"time": time_in_turns, "memory": memory, "traffic": traffic}[request["mode"]]
     result = mode(Workload(request, mesh, near), request)
     report(folder, mesh.rank, result)
