@@ -31,7 +31,7 @@ ACTIVATION_GROUP = 128
 PANEL = 64
 GROUPS = {"int8": (0, 32, 64, 128), "int4": (32, 64, 128)}
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SEARCHED = 1 << 16  # weights whose int4 scales are searched at once
+_SEARCHED = 1 << 16  # weights that are quantised at once
 _PADDING = {"float32": 1, "float16": 1, "bfloat16": 32, "int8": 64, "int4": 64}
 
 
@@ -137,7 +137,18 @@ def _grouped(weight: torch.Tensor, group: int) -> torch.Tensor:
     """[rows, groups, group], the last group padded with zeros."""
     rows, columns = weight.shape
     groups = _ceil(columns, group)
-    return torch.nn.functional.pad(weight, (0, groups * group - columns)).view(rows, groups, group)
+    missing = groups * group - columns
+    return (torch.nn.functional.pad(weight, (0, missing)) if missing else weight).reshape(rows, groups, group)
+
+
+def _pieces(grouped: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A few rows at a time: what is made of them on the way then stays in the caches."""
+    return torch.split(grouped, max(1, _SEARCHED // (grouped.shape[1] * grouped.shape[2])))
+
+
+def _largest(grouped: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each group: [rows, groups]."""
+    return torch.cat([piece.abs().amax(dim=2) for piece in _pieces(grouped)])
 
 
 def _storable(scales: torch.Tensor) -> torch.Tensor:
@@ -150,11 +161,15 @@ def _storable(scales: torch.Tensor) -> torch.Tensor:
 def _int8(weight: torch.Tensor, group: int) -> Matrix:
     rows, columns = weight.shape
     grouped = _grouped(weight, group or columns)
-    scales = grouped.abs().amax(dim=2) / 127.0
+    scales = _largest(grouped) / 127.0
     scales = _storable(scales) if group else scales
     inverse = torch.where(scales > 0, 1.0 / scales.float(), 0.0)
-    quants = (grouped * inverse[:, :, None]).round_().clamp_(-127, 127).to(torch.int8)
-    data = quants.flatten(1)[:, :columns].contiguous()
+    data, row = torch.empty(rows, columns, dtype=torch.int8), 0
+    for piece in _pieces(grouped):
+        end = row + len(piece)
+        quants = (piece * inverse[row:end, :, None]).round_().clamp_(-127, 127)
+        data[row:end] = quants.flatten(1)[:, :columns]
+        row = end
     kept = scales if group else scales[:, 0].contiguous()
     return Matrix(format="int8", layout="plain", rows=rows, columns=columns, data=data, group=group, scales=kept)
 
@@ -163,11 +178,8 @@ def _int4(weight: torch.Tensor, group: int) -> Matrix:
     """Symmetric: the scale per group, out of a few around largest / −8, with the least squared error."""
     rows, columns = weight.shape
     grouped = _grouped(weight, group)
-    dtype = _storable(grouped.abs().amax(dim=2) / 8.0).dtype
-    # A few rows at a time: what the search makes on its way then stays in the caches.
-    pieces = [
-        _int4_rows(piece, dtype) for piece in torch.split(grouped, max(1, _SEARCHED // (grouped.shape[1] * group)))
-    ]
+    dtype = _storable(_largest(grouped) / 8.0).dtype
+    pieces = [_int4_rows(piece, dtype) for piece in _pieces(grouped)]
     quants = torch.cat([quants for quants, _ in pieces])
     data = quants.flatten(1)[:, : columns + columns % 2]
     if data.shape[1] % 2:
