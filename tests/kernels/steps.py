@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from trivium.kernels import build, registry
+from trivium.kernels.draws import Sampler
 from trivium.kernels.executor import Executor
 from trivium.kernels.matrix import Format, Layout, Matrix, pack
 from trivium.kernels.program import (
@@ -84,6 +85,13 @@ def native(program: Program, variant: str, threads: int = 1) -> Executor:
     return registry.executor(program, backend=f"native:{variant}", threads=threads)
 
 
+def sampler(variant: str, threads: int = 1) -> Sampler:
+    """A native variant's sampler, of the smallest program."""
+    found = native(over(torch.zeros(1, 8), (), (), Span(0, 0, 8)), variant, threads).sampler
+    assert found is not None
+    return found
+
+
 def matrix(rows: int, columns: int, format: Format, group: int, layout: Layout, seed: int = 0) -> Matrix:
     generator = torch.Generator().manual_seed(seed + rows * 7919 + columns)
     weight = torch.randn(rows, columns, generator=generator) / columns**0.5
@@ -133,13 +141,13 @@ def close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float = TOLERANCE)
 
 
 def compare(make: Callable[[Layout], Program], variant: str, tokens: int, tolerance: float = TOLERANCE) -> None:
-    """One program, both backends, one and two threads."""
+    """One program, both backends, one, two and five threads (more than there are panels, often)."""
     batch = rows_batch(tokens)
     wanted = registry.executor(make("plain"), backend="torch").run(batch, ())
     one = native(make("panels"), variant).run(batch, ())
-    two = native(make("panels"), variant, 2).run(batch, ())
     close(one.logits, wanted.logits, tolerance)
-    assert torch.equal(one.logits, two.logits)
+    for threads in (2, 5):
+        assert torch.equal(one.logits, native(make("panels"), variant, threads).run(batch, ()).logits)
 
 
 def decoder(
@@ -237,15 +245,16 @@ def _experts(dim: int, ffn: int, format: Format, group: int, layout: Layout, lay
     ]
 
 
-def caches(program: Program, dtype: torch.dtype = torch.float32, blocks: int = 96) -> tuple[Cache, ...]:
+def caches(program: Program, dtype: torch.dtype = torch.float32, block: int = BLOCK) -> tuple[Cache, ...]:
     """Pages that hold NaN, or garbage, until they are written."""
+    blocks = 8 * (12 * BLOCK // block)
 
     def pages(heads: int, width: int) -> torch.Tensor:
-        filled = torch.full((blocks, heads, BLOCK, width), 100.0 if dtype == torch.int8 else float("nan"))
+        filled = torch.full((blocks, heads, block, width), 100.0 if dtype == torch.int8 else float("nan"))
         return filled.to(dtype)
 
     def one(spec: CacheSpec) -> Cache:
-        scales = None if dtype != torch.int8 else torch.full((blocks, spec.kv_heads, BLOCK), float("nan"))
+        scales = None if dtype != torch.int8 else torch.full((blocks, spec.kv_heads, block), float("nan"))
         return Cache(
             keys=pages(spec.kv_heads, spec.head_dim),
             values=pages(spec.kv_heads, spec.value_dim) if spec.value_dim else None,
@@ -256,17 +265,18 @@ def caches(program: Program, dtype: torch.dtype = torch.float32, blocks: int = 9
     return tuple(one(spec) for spec in program.caches)
 
 
-def batch_of(*chunks: tuple[int, int, int], vocabulary: int = 50, blocks: int = 12) -> Batch:
+def batch_of(*chunks: tuple[int, int, int], vocabulary: int = 50, block: int = BLOCK) -> Batch:
     """Chunks (request, first position, tokens); request r's tokens and its blocks are the same in every batch."""
     tokens, positions, sequences, tables = [], [], [], []
+    length = 12 * BLOCK
     for row, (request, start, count) in enumerate(chunks):
         generator = torch.Generator().manual_seed(request)
-        whole = torch.randint(0, vocabulary, (blocks * BLOCK,), generator=generator, dtype=INT)
+        whole = torch.randint(0, vocabulary, (length,), generator=generator, dtype=INT)
         tokens.append(whole[start : start + count])
         positions.append(torch.arange(start, start + count, dtype=INT))
         sequences.append(torch.full((count,), row, dtype=INT))
         # Neither adjacent nor in order.
-        tables.append(torch.arange(blocks, dtype=INT).flip(0) * 8 + request % 8)
+        tables.append(torch.arange(length // block, dtype=INT).flip(0) * 8 + request % 8)
     total = sum(count for _, _, count in chunks)
     return Batch(
         token_ids=torch.cat(tokens),
@@ -277,7 +287,9 @@ def batch_of(*chunks: tuple[int, int, int], vocabulary: int = 50, blocks: int = 
     )
 
 
-def run(executor: Executor, program: Program, *steps: Batch, dtype: torch.dtype = torch.float32) -> list[Output]:
+def run(
+    executor: Executor, program: Program, *steps: Batch, dtype: torch.dtype = torch.float32, block: int = BLOCK
+) -> list[Output]:
     """The steps one after the other over one set of caches."""
-    held = caches(program, dtype)
+    held = caches(program, dtype, block)
     return [executor.run(step, held) for step in steps]

@@ -25,6 +25,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "biases": {"biases": vector(6 * 192).view(6, 192)},
     "latent": {"kv_heads": 1, "latent": 12},
     "wide": {"head_dim": 72, "value_dim": 130, "kv_heads": 2},
+    "odd": {"head_dim": 21, "value_dim": 64},
+    "wide latent": {"kv_heads": 1, "head_dim": 150, "latent": 130},
+    "whole panels": {"head_dim": 64, "value_dim": 128},
+    "whole panels, window": {"head_dim": 32, "value_dim": 64, "kv_heads": 1, "window": 37},
     "all": {"window": 50, "softcap": 3.0, "slopes": torch.linspace(0.0, 0.1, 6), "sinks": torch.ones(6)},
 }
 
@@ -79,6 +83,81 @@ def test_attention(variant: str, dtype: torch.dtype, kind: str) -> None:
             close(mine.logits, theirs.logits)
 
 
+@pytest.mark.parametrize("block", [1, 5, 8, 24, 48])
+@pytest.mark.parametrize(("variant", "kind"), grid(list(KINDS)))
+def test_blocks_of_any_size(variant: str, kind: str, block: int) -> None:
+    program = attention(**KINDS[kind])
+    steps = [
+        batch_of(*chunks, block=block)
+        for chunks in (((0, 0, 70), (1, 0, 1)), ((1, 1, 40), (0, 70, 1)), ((0, 71, 1), (1, 41, 1)))
+    ]
+    wanted = run(registry.executor(program, backend="torch"), program, *steps, dtype=torch.bfloat16, block=block)
+    got = run(native(program, variant, 2), program, *steps, dtype=torch.bfloat16, block=block)
+    for mine, theirs in zip(got, wanted, strict=True):
+        close(mine.logits, theirs.logits)
+
+
+@pytest.mark.parametrize(("variant", "dtype", "kind"), grid([torch.float32, torch.bfloat16, torch.int8], list(KINDS)))
+def test_few_queries_or_many(variant: str, dtype: torch.dtype, kind: str) -> None:
+    """Few take values, and pairs of keys, as the cache holds them, many a copy in fp32: to the bit the same."""
+    executor = native(program := attention(**KINDS[kind]), variant, 2)
+    (whole,) = run(executor, program, batch_of((0, 0, 150)), dtype=dtype)
+    ends = (60, 61, 62, 65, 68, 70, 74, 75, 128, 129, 149, 150)
+    for block in (16, 5):
+        parts = [batch_of((0, start, end - start), block=block) for start, end in zip((0, *ends), ends, strict=False)]
+        got = run(executor, program, *parts, dtype=dtype, block=block)
+        assert torch.equal(torch.cat([part.logits for part in got]), whole.logits)
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype", "block", "kv_heads", "table"),
+    grid(
+        [torch.float32, torch.bfloat16],
+        [
+            (5, 1, (10, 20, 30, 13)),
+            (5, 3, (10, 20, 30, 11)),
+            (4, 1, (8, 20, 30, 11)),
+            (10, 2, (1, 3, 5, 7, 20, 30, 21)),
+        ],
+    ),
+)
+def test_blocks_that_look_adjacent(
+    variant: str, dtype: torch.dtype, block: int, kv_heads: int, table: tuple[int, ...]
+) -> None:
+    """The sixteenth row lies fifteen behind the first, others between them elsewhere."""
+    program = attention(kv_heads=kv_heads, head_dim=64, value_dim=64)
+    count = len(table) * block // 16 * 16
+    steps = [
+        replace(batch_of((0, start, end - start), block=block), block_tables=torch.tensor([table], dtype=torch.int32))
+        for start, end in ((0, count - 1), (count - 1, count))
+    ]
+    wanted = run(registry.executor(program, backend="torch"), program, *steps, dtype=dtype, block=block)
+    got = run(native(program, variant), program, *steps, dtype=dtype, block=block)
+    for mine, theirs in zip(got, wanted, strict=True):
+        close(mine.logits, theirs.logits)
+
+
+@pytest.mark.parametrize(("variant", "dtype"), grid([torch.float32, torch.bfloat16, torch.int8]))
+def test_what_is_no_number_stays_with_those_that_see_it(variant: str, dtype: torch.dtype) -> None:
+    ill = VOCABULARY - 1
+    steps = [
+        batch_of(*chunks, vocabulary=ill)
+        for chunks in (((0, 0, 20), (1, 0, 20)), ((0, 20, 1), (1, 20, 1)), ((1, 21, 1), (0, 21, 1)))
+    ]
+    steps[1].token_ids[0] = ill
+    program = attention(head_dim=64, value_dim=64)
+    embed, *others = program.operations
+    assert isinstance(embed, Embed)
+    for bad in (float("nan"), float("inf")):
+        table = embed.table.clone()
+        table[ill] = bad
+        executor = native(replace(program, operations=(replace(embed, table=table), *others)), variant, 2)
+        first, second, third = run(executor, program, *steps, dtype=dtype)
+        assert first.logits.isfinite().all()
+        assert second.logits[0].isnan().all() and second.logits[1].isfinite().all()
+        assert third.logits[0].isfinite().all() and third.logits[1].isnan().all()
+
+
 @pytest.mark.parametrize("variant", NATIVE)
 def test_more_heads_than_rows_of_a_block(variant: str) -> None:
     """A latent cache with 70 heads on one key head, as in deepseek_v3."""
@@ -89,14 +168,14 @@ def test_more_heads_than_rows_of_a_block(variant: str) -> None:
         close(mine.logits, theirs.logits)
 
 
-@pytest.mark.parametrize("variant", NATIVE)
-def test_blocks_behind_a_window_may_be_gone(variant: str) -> None:
-    program = attention(window=20)
+@pytest.mark.parametrize(("variant", "dtype", "width"), grid([torch.float32, torch.bfloat16, torch.int8], [20, 64]))
+def test_blocks_behind_a_window_may_be_gone(variant: str, dtype: torch.dtype, width: int) -> None:
+    program = attention(window=20, value_dim=width)
     whole = batch_of((0, 0, 100))
     last = batch_of((0, 100, 1))
     gone = last.block_tables.clone()
     gone[0, :5] = -1
     executor = native(program, variant)
-    kept = run(executor, program, whole, last)[1]
-    freed = run(executor, program, whole, replace(last, block_tables=gone))[1]
+    kept = run(executor, program, whole, last, dtype=dtype)[1]
+    freed = run(executor, program, whole, replace(last, block_tables=gone), dtype=dtype)[1]
     assert torch.equal(kept.logits, freed.logits)

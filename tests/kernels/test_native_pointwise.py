@@ -23,7 +23,7 @@ def check(variant: str, x: torch.Tensor, out: Span, *operations: Operation) -> N
 
 @pytest.mark.parametrize(
     ("variant", "kind", "width", "group", "own"),
-    grid(("rms", "layer"), [(64, 64), (70, 70), (100, 20), (7, 7)], (False, True)),
+    grid(("rms", "layer"), [(64, 64), (70, 70), (330, 330), (100, 20), (7, 7)], (False, True)),
 )
 def test_norm(variant: str, kind: Literal["rms", "layer"], width: int, group: int, own: bool) -> None:
     size = width if own else group
@@ -40,6 +40,7 @@ def test_norm(variant: str, kind: Literal["rms", "layer"], width: int, group: in
     )
     check(variant, x, Span(1, 0, width), norm)
     check(variant, x, Span(1, 0, width), replace(norm, weight=None, bias=None))
+    check(variant, x, Span(0, 0, width), replace(norm, out=Span(0, 0, width)))
 
 
 @pytest.mark.parametrize("variant", NATIVE)

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.steps import FORMATS, NATIVE, compare, grid, matrix, over, vector
+from tests.kernels.steps import FORMATS, NATIVE, compare, grid, matrix, native, over, rows_batch, vector
 from trivium.kernels.matrix import Format, Layout, Matrix, arrange
-from trivium.kernels.program import Activation, Expert, Experts, Gate, Gated, HeadLinear, Linear, Program, Span
+from trivium.kernels.program import Activation, Expert, Experts, Gate, Gated, HeadLinear, Linear, Norm, Program, Span
 
 # Tokens 1 to 6 and 16, 17 are the edges of register blocks and tiles; 257 is past a block of tokens.
-SIZES = ((1, 64, 64), (3, 33, 70), (5, 200, 130), (6, 129, 64), (17, 96, 65), (33, 257, 10))
+SIZES = ((1, 64, 64), (3, 33, 70), (5, 200, 130), (6, 129, 64), (17, 96, 65), (33, 257, 10), (17, 704, 70))
 ACTIVATIONS: tuple[Activation, ...] = (
     "silu",
     "gelu",
@@ -34,6 +34,33 @@ def test_linear(variant: str, format: Format, group: int, tokens: int, columns: 
         return over(x, (rows,), (Linear(x=Span(0, 0, columns), out=Span(1, 0, rows), weight=weight),), Span(1, 0, rows))
 
     compare(make, variant, tokens)
+
+
+@pytest.mark.parametrize(("variant", "format", "group", "tokens", "columns"), grid(FORMATS, (1, 3), (200, 330)))
+def test_linear_behind_a_norm(variant: str, format: Format, group: int, tokens: int, columns: int) -> None:
+    """The norm prepares the product's inputs, each thread pieces of its rows."""
+    x = vector(tokens * columns).view(tokens, columns)
+    whole, rows = Span(0, 0, columns), 70
+    for normed in (Span(1, 0, columns), whole):
+
+        def make(layout: Layout, normed: Span = normed) -> Program:
+            norm = Norm(x=whole, out=normed, group=columns, kind="rms", eps=1e-6, weight=vector(columns))
+            linear = Linear(x=normed, out=Span(2, 0, rows), weight=matrix(rows, columns, format, group, layout))
+            return over(x, (columns, rows), (norm, linear), Span(2, 0, rows))
+
+        compare(make, variant, tokens)
+
+
+@pytest.mark.parametrize(("variant", "format", "group", "tokens"), grid(FORMATS, (2, 17)))
+def test_what_is_no_number_stays_in_its_row(variant: str, format: Format, group: int, tokens: int) -> None:
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = vector(tokens * 200).view(tokens, 200)
+        x[1, 133] = bad
+        weight = matrix(70, 200, format, group, "panels")
+        linear = Linear(x=Span(0, 0, 200), out=Span(1, 0, 70), weight=weight)
+        got = native(over(x, (70,), (linear,), Span(1, 0, 70)), variant).run(rows_batch(tokens), ()).logits
+        assert not got[1].isfinite().any()
+        assert got[torch.arange(tokens) != 1].isfinite().all()
 
 
 @pytest.mark.parametrize("variant", NATIVE)
@@ -79,7 +106,7 @@ def asymmetric(rows: int, columns: int, group: int, layout: Layout) -> Matrix:
 
 
 @pytest.mark.parametrize("variant", NATIVE)
-@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("tokens", [1, 4, 19])
 def test_zero_points(variant: str, group: int, tokens: int) -> None:
     x = vector(tokens * 200).view(tokens, 200)
@@ -92,9 +119,10 @@ def test_zero_points(variant: str, group: int, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("variant", NATIVE)
-def test_scales_in_fp32(variant: str) -> None:
+@pytest.mark.parametrize("tokens", [2, 7])
+def test_scales_in_fp32(variant: str, tokens: int) -> None:
     """Groups too small for fp16 keep fp32 scales."""
-    x = vector(2 * 64).view(2, 64)
+    x = vector(tokens * 64).view(tokens, 64)
 
     def make(layout: Layout) -> Program:
         small = matrix(64, 64, "float32", 0, "plain").data * 1e-7
@@ -105,7 +133,7 @@ def test_scales_in_fp32(variant: str) -> None:
         assert weight.scales.dtype == torch.float32
         return over(x, (64,), (Linear(x=Span(0, 0, 64), out=Span(1, 0, 64), weight=weight),), Span(1, 0, 64))
 
-    compare(make, variant, 2)
+    compare(make, variant, tokens)
 
 
 @pytest.mark.parametrize(("variant", "format", "group", "tokens"), grid(FORMATS, (1, 9)))

@@ -118,4 +118,15 @@ class CBatch(C.Structure):
     ]
 
 
-STRUCTS = (CSpan, CMatrix, CExpert, COperation, CCacheSpec, CCache, CProgram, CRouting, CBatch)
+class CDraws(C.Structure):
+    """`draws.Draws`, the logits, and where the tokens go."""
+
+    _fields_ = [
+        *((name, P) for name in ("logits", "rows", "temperatures", "min_ps", "top_ps", "uniforms", "top_ks", "tops")),
+        *((name, P) for name in ("allowed", "edit_ids", "edit_values", "edit_ends")),
+        *((name, I64) for name in ("count", "num_rows", "width", "most")),
+        *((name, P) for name in ("tokens", "bests", "lefts", "wholes", "top_ids")),
+    ]
+
+
+STRUCTS = (CSpan, CMatrix, CExpert, COperation, CCacheSpec, CCache, CProgram, CRouting, CBatch, CDraws)

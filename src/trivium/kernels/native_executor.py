@@ -1,12 +1,13 @@
-"""Runs a program with the native library: one call per step, without the interpreter's lock.
+"""Runs a program with the native library: one call per step and one for its tokens, without the interpreter's lock.
 
 DeepSpeed Inference section 3.1. Batch-invariant: see [Note: one order] in native/product.h and [Note: key tiles] in
-native/attention.h.
+native/attention.h; [Note: draws] in native/row_draw.h.
 """
 
 from __future__ import annotations
 
 import ctypes as C
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,11 +15,13 @@ import torch
 
 from trivium.base.errors import CapacityError, ConfigError, SetupError
 from trivium.kernels.batch import check, check_cache
-from trivium.kernels.native_abi import STRUCTS, CBatch, CCache, CRouting
+from trivium.kernels.draws import Draws, Sampler, Tokens, check_numbers, check_types, columns
+from trivium.kernels.native_abi import STRUCTS, CBatch, CCache, CDraws, CRouting
 from trivium.kernels.native_program import Bound, routing_layers
 from trivium.kernels.program import Batch, Cache, Output, Program
 
 _CACHES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 3}
+_NO_THREADS = "the native kernels could not start their threads; allow more, or ask for fewer"
 
 
 def open_library(path: Path) -> C.CDLL:
@@ -32,6 +35,7 @@ def open_library(path: Path) -> C.CDLL:
         library.trivium_bind.restype = C.c_void_p
         library.trivium_bind.argtypes = [C.c_void_p]
         library.trivium_run.argtypes = [C.c_void_p, C.c_void_p]
+        library.trivium_draw.argtypes = [C.c_void_p, C.c_void_p]
         library.trivium_free.argtypes = [C.c_void_p]
         library.trivium_free.restype = None
     except (OSError, AttributeError) as error:
@@ -70,6 +74,11 @@ class NativeExecutor:
     def batch_invariant(self) -> bool:
         """Always: every output accumulates in one order."""
         return True
+
+    @property
+    def sampler(self) -> Sampler:
+        """Itself: the threads that run a step also draw its tokens."""
+        return self
 
     def run(self, batch: Batch, caches: Sequence[Cache]) -> Output:
         """One step; see `Executor.run`."""
@@ -110,8 +119,51 @@ class NativeExecutor:
         if code == 2:
             raise CapacityError(f"a step of {tokens} tokens: out of memory for its activations; run fewer at once")
         if code:
-            raise SetupError("the native kernels could not start their threads; allow more, or ask for fewer")
+            raise SetupError(_NO_THREADS)
         return Output(logits=logits, hidden=hidden, routing=routing)
+
+    def refresh(self) -> None:
+        """Nothing to do: the library reads the program's own tensors."""
+
+    def draw(self, logits: torch.Tensor, draws: Draws) -> Tokens:
+        """A step's tokens; see `Sampler.draw`."""
+        check_types(logits, draws)
+        given = columns(draws)
+        count, (num_rows, width) = len(draws.rows), logits.shape
+        most = max(0, *draws.tops) if count else 0
+        token, top = array("i", bytes(4 * count)), array("i", bytes(4 * count * most))
+        best, left, whole = array("f", bytes(4 * count)), array("f", bytes(4 * count)), array("d", bytes(8 * count))
+        allowed = (C.c_void_p * (count + 1))()
+        for place, mask in enumerate(draws.allowed or ()):
+            allowed[place] = None if mask is None else mask.data_ptr()
+        ends = array("q", bytes(8 * (count + 1)))
+        for place, edit in enumerate(draws.edits or ()):
+            ends[place + 1] = ends[place] + (0 if edit is None else len(edit[0]))
+        edits = [edit for edit in draws.edits or () if edit is not None]
+        ids = torch.cat([edit[0] for edit in edits]) if edits else None
+        values = torch.cat([edit[1] for edit in edits]) if edits else None
+        struct = CDraws(
+            logits.data_ptr(),
+            *(column.buffer_info()[0] for column in given),
+            C.addressof(allowed),
+            None if ids is None else ids.data_ptr(),
+            None if values is None else values.data_ptr(),
+            ends.buffer_info()[0],
+            count,
+            num_rows,
+            width,
+            most,
+            *(column.buffer_info()[0] for column in (token, best, left, whole, top)),
+        )
+        code = self._library.trivium_draw(self._handle, C.byref(struct))
+        if code == 1:
+            check_numbers(logits, draws)
+        if code == 2:
+            raise CapacityError(f"drawing {count} tokens of a vocabulary of {width}: out of memory")
+        if code:
+            raise SetupError(_NO_THREADS)
+        tops = [top[most * place : most * place + max(0, wanted)].tolist() for place, wanted in enumerate(draws.tops)]
+        return Tokens(token=token.tolist(), best=best.tolist(), left=left.tolist(), whole=whole.tolist(), top=tops)
 
     def _bind_caches(self, batch: Batch, caches: Sequence[Cache]) -> None:
         if len(caches) != len(self._program.caches):

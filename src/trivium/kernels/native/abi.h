@@ -75,4 +75,22 @@ struct Batch {
   float *logits, *hidden;  // [rows, width], written
 };
 
+// One token wanted of each of `count` rows of logits; a row may be asked several times.
+struct Draws {
+  const float* logits;             // [num_rows, width]
+  const int32_t* rows;             // [count]
+  const float *temperatures, *min_ps;  // temperature 0: the likeliest token
+  const double *top_ps, *uniforms;
+  const int32_t *top_ks, *tops;    // tops: so many likeliest tokens with the log of all weights' sum, or -1: neither
+  const uint8_t* const* allowed;   // [count] masks [width], null where every token may be chosen
+  const int32_t* edit_ids;         // tokens whose logits are replaced,
+  const float* edit_values;        // by these:
+  const int64_t* edit_ends;        // those of draw i are edit_ends[i] to edit_ends[i + 1]
+  int64_t count, num_rows, width, most;
+  int32_t* tokens;                 // [count], written
+  float *bests, *lefts;            // the row's largest logit (NaN: it has one), and after edits and mask
+  double* wholes;                  // where tops is not -1
+  int32_t* top_ids;                // [count, most]
+};
+
 }  // namespace trv

@@ -30,8 +30,8 @@ inline void release_tiles(Scratch& scratch) {
   scratch.tile_rows = -1;
 }
 
-// One tile of up to 16 tokens times the panel, group by group.
-inline void int_tile(const Matrix& m, int64_t panel, const Prepared& x, const uint8_t* w, int64_t t0, int tokens, float* c,
+// One tile of up to 16 tokens times a panel of int8, group by group, straight from where it lies.
+inline void int8_tile(const Matrix& m, int64_t panel, const Prepared& x, const uint8_t* w, int64_t t0, int tokens, float* c,
                      int32_t* sums, bool fetch) {
   const int8_t* a = x.quants + (t0 / kTile) * x.chunks * 1024;
   for (int g = 0; g < x.groups; g++) {
@@ -58,8 +58,8 @@ inline void int_tile(const Matrix& m, int64_t panel, const Prepared& x, const ui
     vf weight_scale[4];
     for (int j = 0; j < 4; j++) weight_scale[j] = m.group ? load_scale(m, panel, x.groups, g, j) : vzero();
     for (int t = 0; t < tokens; t++) {
-      int64_t at = (t0 + t) * x.groups + g;
-      vi start = viset(m.format == kInt4 ? (m.zeros ? 0 : -8 * x.sums[at]) : -128 * x.sums[at]);
+      int64_t at = x.place(t0 + t, g);
+      vi start = viset(-128 * x.sums[at]);
       for (int j = 0; j < 4; j++)
         add_group(m, panel, x.groups, g, j, viadd(viload(sums + t * 64 + j * 16), start), x.scales[at], x.sums[at],
                   weight_scale[j], c + t * kPanel);
@@ -67,23 +67,130 @@ inline void int_tile(const Matrix& m, int64_t panel, const Prepared& x, const ui
   }
 }
 
-inline void int_tiles(const Matrix& m, int64_t panel, const Prepared& x, int64_t t0, int tokens, float* c, Scratch& scratch) {
-  const uint8_t* w = (const uint8_t*)m.data + panel * kPanel * m.padded / (m.format == kInt4 ? 2 : 1);
-  if (m.format == kInt4) {
-    uint8_t* wide = scratch.weights.get<uint8_t>((size_t)m.padded * kPanel);
-    for (int64_t k = 0; k < m.padded; k += 8)
-      for (int j = 0; j < 4; j++) {
-        vb packed = vbload(w + k * 32 + j * 64);
-        fetch_far(w + k * 32 + j * 64, 64);
-        _mm512_storeu_si512(wide + k * kPanel + j * 64, vlow4(packed));
-        _mm512_storeu_si512(wide + (k + 4) * kPanel + j * 64, vhigh4(packed));
-      }
-    w = wide;
+// [Note: tiles of int4] A slice of the panel, four groups of inputs, is unpacked to signed bytes, sixteen outputs after
+// sixteen, so that it lies in the first caches while all tokens pass it; meanwhile the next slice is fetched. A tile of
+// tokens and sixteen outputs keep their fp32 sums in registers over the slice, and while these groups are added to them, the
+// tiles multiply the next sixteen outputs.
+constexpr int kSliceGroups = 4;
+
+struct Int4Slice {
+  const Matrix& m;
+  const Prepared& x;
+  int64_t panel;
+  const int8_t* wide;  // [4][depth / 4][16][4], of groups first … last − 1
+  int first, last;
+  int64_t depth;
+};
+
+// The numbers of tiles are part of the instructions.
+#define TRV_MULTIPLY(sum, left, right, a, b, to) \
+  _tile_zero(sum);                               \
+  _tile_loadd(left, a, 64);                      \
+  _tile_loadd(right, b, 64);                     \
+  _tile_dpbssd(sum, left, right);                \
+  if (kGroup > 64) {                             \
+    _tile_loadd(left, (a) + 1024, 64);           \
+    _tile_loadd(right, (b) + 1024, 64);          \
+    _tile_dpbssd(sum, left, right);              \
+  }                                              \
+  _tile_stored(sum, to, 64)
+
+// The sums of the slice's groups, for outputs 16 · j on, of the tile of tokens at `a`. Groups that the last slice does not
+// have are multiplied too and used by nobody: whatever lies there, and in kPastTiles.
+template <int kGroup>
+TRV_INLINE void multiply_slice(const Int4Slice& s, const int8_t* a, int j, int32_t* sums) {
+  const int8_t* w = s.wide + j * s.depth * kLanes;
+  a += (int64_t)s.first * kGroup / 64 * 1024;
+  constexpr int kNext = kGroup < 64 ? kGroup : kGroup / 64 * 1024, kWeights = kGroup * kLanes;
+  constexpr int kPair = kGroup < 64 ? 1024 : 2 * kNext;
+  static_assert(kPair + kNext + kNext <= kPastTiles, "the last group's activations lie within what is reserved");
+  TRV_MULTIPLY(0, 4, 6, a, w, sums);
+  TRV_MULTIPLY(1, 5, 7, a + kNext, w + kWeights, sums + 256);
+  TRV_MULTIPLY(2, 4, 6, a + kPair, w + 2 * kWeights, sums + 512);
+  TRV_MULTIPLY(3, 5, 7, a + kPair + kNext, w + 3 * kWeights, sums + 768);
+}
+#undef TRV_MULTIPLY
+
+template <int NR, bool kZeros>
+TRV_INLINE void add_slice(const Int4Slice& s, int64_t t0, int j, const int32_t* sums, vf (&acc)[NR]) {
+  const int groups = s.x.groups;
+  for (int g = s.first; g < s.last; g++, sums += 256) {
+    const vf weight_scale = load_scale(s.m, s.panel, groups, g, j);
+    const vi zeros = kZeros ? vload_u8(s.m.zeros + (s.panel * groups + g) * kPanel + j * kLanes) : viset(0);
+    const float* scales = s.x.scales + s.x.place(t0, g);
+    const int32_t* inputs = s.x.sums + s.x.place(t0, g);
+    TRV_UNROLL
+    for (int t = 0; t < NR; t++) {
+      vi dot = viload(sums + t * kLanes);
+      if (kZeros) dot = visub(dot, vimul(zeros, viset(inputs[t])));
+      acc[t] = vfma(vfloat(dot), vmul(vset(scales[t]), weight_scale), acc[t]);
+    }
   }
+}
+
+// One tile of NR tokens times the slice; `c` holds the sums of the slices before. `next`, if any: what is fetched.
+template <int NR, int kGroup, bool kZeros>
+__attribute__((noinline)) void int4_tile(const Int4Slice& s, int64_t t0, float* c, int32_t* sums, const char* next) {
+  const int8_t* a = s.x.quants + (t0 / kTile) * s.x.chunks * 1024;
+  constexpr int kShare = kSliceGroups * kGroup * kPanel / 8;  // bytes of a quarter of the next slice
+  multiply_slice<kGroup>(s, a, 0, sums);
+  for (int j = 0; j < 4; j++) {
+    vf acc[NR];
+    TRV_UNROLL
+    for (int t = 0; t < NR; t++) acc[t] = vload(c + t * kPanel + j * kLanes);
+    if (next)
+      for (int i = 0; i < kShare; i += 64) vprefetch(next + j * kShare + i);
+    if (j < 3) multiply_slice<kGroup>(s, a, j + 1, sums + (j + 1) % 2 * 1024);
+    add_slice<NR, kZeros>(s, t0, j, sums + j % 2 * 1024, acc);
+    TRV_UNROLL
+    for (int t = 0; t < NR; t++) vstore(c + t * kPanel + j * kLanes, acc[t]);
+  }
+}
+
+// Groups `s.first` on of a panel as signed bytes (with zero points: as stored), and zeros to the end of the last one.
+inline void unpack_slice(const Int4Slice& s, int64_t k, int64_t depth, int8_t* wide) {
+  const vb eight = _mm512_set1_epi8(s.m.zeros ? 0 : 8), none = _mm512_setzero_si512();
+  const uint8_t* w = (const uint8_t*)s.m.data + (s.panel * s.m.padded + k) * kPanel / 2;
+  for (int64_t i = 0; i < s.depth; i += 8)
+    for (int j = 0; j < 4; j++) {
+      int8_t* to = wide + (j * s.depth + i) * kLanes;
+      vb packed = i < depth ? vbload(w + i * 32 + j * 64) : none;
+      _mm512_store_si512(to, i < depth ? _mm512_sub_epi8(vlow4(packed), eight) : none);
+      _mm512_store_si512(to + 64, i < depth ? _mm512_sub_epi8(vhigh4(packed), eight) : none);
+    }
+}
+
+template <int kGroup, bool kZeros>
+void int4_groups(const Matrix& m, int64_t panel, const Prepared& x, int64_t t0, int tokens, float* c, Scratch& scratch) {
+  int8_t* wide = scratch.weights.get<int8_t>((size_t)kSliceGroups * kGroup * kPanel);
+  int32_t* sums = scratch.tiles.get<int32_t>(2048);
+  for (int g = 0; g < x.groups; g += kSliceGroups) {
+    const int last = g + kSliceGroups < x.groups ? g + kSliceGroups : x.groups;
+    const int64_t k = (int64_t)g * kGroup, end = (int64_t)last * kGroup < m.padded ? (int64_t)last * kGroup : m.padded;
+    const Int4Slice s{m, x, panel, wide, g, last, (int64_t)(last - g) * kGroup};
+    unpack_slice(s, k, end - k, wide);
+    const char* next = (const char*)m.data + (panel * m.padded + end) * kPanel / 2;
+    for (int t = 0; t < tokens; t += kTile, next = nullptr) {
+      const bool half = tokens - t <= kTile / 2;
+      configure_tiles(scratch, half ? kTile / 2 : kTile, kGroup < 64 ? kGroup : 64);
+      auto tile = half ? int4_tile<kTile / 2, kGroup, kZeros> : int4_tile<kTile, kGroup, kZeros>;
+      tile(s, t0 + t, c + t * kPanel, sums, next);
+    }
+  }
+}
+
+inline void int_tiles(const Matrix& m, int64_t panel, const Prepared& x, int64_t t0, int tokens, float* c, Scratch& scratch) {
+  if (m.format == kInt4) {
+    auto groups = x.group == 32   ? m.zeros ? int4_groups<32, true> : int4_groups<32, false>
+                  : x.group == 64 ? m.zeros ? int4_groups<64, true> : int4_groups<64, false>
+                                  : m.zeros ? int4_groups<128, true> : int4_groups<128, false>;
+    return groups(m, panel, x, t0, tokens, c, scratch);
+  }
+  const uint8_t* w = (const uint8_t*)m.data + panel * kPanel * m.padded;
   int32_t* sums = scratch.tiles.get<int32_t>(2048);
   configure_tiles(scratch, 16, x.group < 64 ? x.group : 64);
   for (int t = 0; t < tokens; t += kTile)
-    int_tile(m, panel, x, w, t0 + t, tokens - t < kTile ? tokens - t : kTile, c + t * kPanel, sums, t == 0 && m.format == kInt8);
+    int8_tile(m, panel, x, w, t0 + t, tokens - t < kTile ? tokens - t : kTile, c + t * kPanel, sums, t == 0);
 }
 
 // c[t] = its three rows of sums, added in order.

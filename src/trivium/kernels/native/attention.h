@@ -4,123 +4,19 @@
 // a query meets the same tiles in the same order everywhere, and tiles it does not see change nothing. Scores and
 // weighted values run through `float_panel`, whose outputs do not depend on the number of rows either.
 #pragma once
+#include <algorithm>
+
 #include "linear.h"
+#include "pages.h"
 
 namespace trv {
 
 constexpr int kKeys = 64;
 constexpr int kQueryRows = 64;
-
-#if TRV_AVX512
-TRV_INLINE void transpose16(const float* const* rows, int64_t column, float* out, int64_t stride) {
-  __m512 r[16], t[16];
-  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(rows[i] + column);
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
-    r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
-    r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-    r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; i++) {
-    _mm512_storeu_ps(out + i * stride, _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88));
-    _mm512_storeu_ps(out + (i + 8) * stride, _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd));
-    _mm512_storeu_ps(out + (i + 4) * stride, _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88));
-    _mm512_storeu_ps(out + (i + 12) * stride, _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd));
-  }
-}
-#elif TRV_AVX2
-TRV_INLINE void transpose8(const float* const* rows, int64_t column, float* out, int64_t stride) {
-  __m256 r[8], t[8];
-  for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(rows[i] + column);
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; i++) {
-    _mm256_storeu_ps(out + i * stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-    _mm256_storeu_ps(out + (i + 4) * stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
-  }
-}
-TRV_INLINE void transpose16(const float* const* rows, int64_t column, float* out, int64_t stride) {
-  for (int half = 0; half < 16; half += 8)
-    for (int part = 0; part < 16; part += 8) transpose8(rows + half, column + part, out + part * stride + half, stride);
-}
-#else
-TRV_INLINE void transpose16(const float* const* rows, int64_t column, float* out, int64_t stride) {
-  for (int i = 0; i < 16; i++)
-    for (int j = 0; j < 16; j++) out[j * stride + i] = rows[i][column + j];
-}
-#endif
-
-// A page's row as fp32: the page itself where it is, else converted into `to`.
-inline const float* page_row(const void* pages, const float* scales, int format, int64_t row, int width, float* to) {
-  if (format == kFloat32) return (const float*)pages + row * width;
-  for (int i = 0; i < width; i += kLanes) {
-    bool whole = i + kLanes <= width;
-    if (format == kBfloat16) {
-      const uint16_t* p = (const uint16_t*)pages + row * width + i;
-      uint16_t tail[16] = {};
-      if (!whole) memcpy(tail, p, (size_t)(width - i) * 2);
-      vstore(to + i, vload_bf16(whole ? p : tail));
-    } else {
-      const int8_t* p = (const int8_t*)pages + row * width + i;
-      int8_t tail[16] = {};
-      if (!whole) memcpy(tail, p, (size_t)(width - i));
-      vstore(to + i, vmul(vfloat(vload_s8(whole ? p : tail)), vset(scales[row])));
-    }
-  }
-  return to;
-}
-
-inline void write_page_row(void* pages, float* scales, int format, int64_t row, int width, const float* x) {
-  if (format == kFloat32) {
-    memcpy((float*)pages + row * width, x, (size_t)width * 4);
-    return;
-  }
-  if (format == kBfloat16) {
-    uint16_t* to = (uint16_t*)pages + row * width;
-    for (int i = 0; i < width; i++) {
-      uint32_t bits;
-      memcpy(&bits, x + i, 4);
-      bool nan = (bits & 0x7fffffff) > 0x7f800000;
-      to[i] = nan ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-    }
-    return;
-  }
-  int8_t* to = (int8_t*)pages + row * width;
-  vf best = vzero(), odd = vzero();
-  for (int i = 0; i < width; i += kLanes) {
-    vf v = load_at(x, i, width);
-    best = vmax(best, vabs(v));
-    odd = vfma(v, vzero(), odd);
-  }
-  float largest = hmax(best);
-  bool finite = hsum(odd) == 0.0f;
-  float inverse = finite && largest > 0.0f ? 127.0f / largest : 0.0f;
-  for (int i = 0; i < width; i += kLanes) {
-    int8_t lanes[16];
-    vf v = finite ? load_at(x, i, width) : vzero();
-    vstore_s8(lanes, vint(vmax(vset(-127.0f), vmin(vset(127.0f), vmul(v, vset(inverse))))));
-    memcpy(to + i, lanes, (size_t)(width - i < kLanes ? width - i : kLanes));
-  }
-  scales[row] = finite ? largest * (1.0f / 127.0f) : NAN;
-}
+// [Note: few queries] For up to so many rows of queries widening a tile costs more than meeting it: they take values from
+// the cache as they lie, where these fill whole panels, and bf16 keys transposed but not widened. The arithmetic is the
+// same, and its order.
+constexpr int kFewRows = 12;
 
 // One (sequence run, kv head, block of its tokens, block of the heads that share the kv head).
 struct AttendItem {
@@ -133,14 +29,14 @@ struct AttendWork {
   const Cache& cache;
   int depth_values, panels;  // value_dim, and in panels of 64
   float *queries, *keys, *values, *scores, *out, *best, *sum, *rows;
+  int64_t place[kKeys];  // rows of the cache of the tile's positions
 
   AttendWork(const Turn& t, const Cache& c) : turn(t), op(t.op), cache(c) {
     depth_values = op.value_dim;
     panels = (op.value_dim + kPanel - 1) / kPanel;
     int64_t head = round_up(op.head_dim, kLanes), value = (int64_t)panels * kPanel;
-    int64_t wide = head > value ? head : value;
     float* base = turn.scratch().attention.get<float>(kQueryRows * head + head * kKeys + value * kKeys +
-                                                      kQueryRows * (kKeys + value) + 2 * kQueryRows + 18 * wide);
+                                                      kQueryRows * (kKeys + value) + 2 * kQueryRows + 16 * head);
     queries = base;
     keys = queries + kQueryRows * head;
     values = keys + head * kKeys;
@@ -156,47 +52,93 @@ struct AttendWork {
     return (block * op.kv_heads + kv_head) * cache.block_size + slot;
   }
 
-  // Keys of positions low … high of the tile at `start`, transposed; values row by row; the rest zero.
-  void load_tile(const int32_t* table, int kv_head, int64_t start, int64_t low, int64_t high) {
-    const int wide = (int)round_up(op.head_dim, kLanes);
-    const int buffer = wide > panels * kPanel ? wide : panels * kPanel;
-    float* zero = rows + 16 * buffer;
-    memset(zero, 0, (size_t)buffer * 4);
-    for (int group = 0; group < kKeys; group += 16) {
-      const float* from[16];
-      for (int i = 0; i < 16; i++) {
-        int64_t position = start + group + i;
-        float* value = values + (group + i) * kPanel;
-        if (position < low || position > high) {
-          from[i] = zero;
-          for (int p = 0; p < panels; p++) memset(value + (int64_t)p * kKeys * kPanel, 0, kPanel * 4);
-          continue;
-        }
-        int64_t at = page(table, position, kv_head);
-        float* buffered = rows + i * buffer;
-        from[i] = page_row(cache.keys, cache.key_scales, cache.format, at, op.head_dim, buffered);
-        if (op.latent) {
-          spread(from[i], value);
-        } else {
-          spread(page_row(cache.values, cache.value_scales, cache.format, at, depth_values, rows + 17 * buffer), value);
-        }
+  // Whether sixteen neighbours lie in one block.
+  bool together() const { return cache.block_size % 16 == 0; }
+
+  // Finds where the tile's positions lie in the cache, −1 for those that are not of low … high, and asks for all of them:
+  // from page to page the hardware does not fetch ahead.
+  void find_rows(const int32_t* table, int kv_head, int64_t start, int64_t low, int64_t high) {
+    for (int i = 0; i < kKeys; i++) {
+      const int64_t position = start + i;
+      if (position < low || position > high) {
+        place[i] = -1;
+        continue;
       }
-      int column = 0;
-      for (; column + 16 <= op.head_dim; column += 16) transpose16(from, column, keys + column * kKeys + group, kKeys);
-      for (; column < op.head_dim; column++)
-        for (int i = 0; i < 16; i++) keys[column * kKeys + group + i] = from[i][column];
+      place[i] = together() && i % 16 && place[i - 1] >= 0 ? place[i - 1] + 1 : page(table, position, kv_head);
+      fetch_page_row(cache.keys, cache.format, place[i], op.head_dim);
+      if (!op.latent) fetch_page_row(cache.values, cache.format, place[i], op.value_dim);
     }
   }
 
-  // A row of values into its place in every panel of 64 columns; columns past the last are zero.
-  void spread(const float* v, float* to) const {
-    for (int p = 0; p < panels; p++) {
-      int n = depth_values - p * kPanel < kPanel ? depth_values - p * kPanel : kPanel;
-      float* at = to + (int64_t)p * kKeys * kPanel;
-      memcpy(at, v + p * kPanel, (size_t)n * 4);
-      if (n < kPanel) memset(at + n, 0, (size_t)(kPanel - n) * 4);
+  // The tile's keys, transposed: a panel of fp32 or, for `pairs`, of bf16 as the cache holds it; zero where there is none.
+  void load_keys(bool pairs) {
+    const int wide = (int)round_up(op.head_dim, kLanes), columns = pairs ? op.head_dim / 2 : op.head_dim;
+    const bool straight = pairs || cache.format == kFloat32;  // rows need no conversion
+    for (int group = 0; group < kKeys; group += 16) {
+      const int64_t* at = place + group;
+      float* to = keys + group;
+      if (*std::max_element(at, at + 16) < 0) {
+        for (int column = 0; column < columns; column++) vstore(to + column * kKeys, vzero());
+        continue;
+      }
+      const float* from = rows;
+      int64_t width = wide;
+      if (straight && together() && at[0] >= 0 && at[15] >= 0) {
+        from = (const float*)cache.keys + at[0] * columns;
+        width = columns;
+      } else {
+        for (int i = 0; i < 16; i++) {
+          float* row = rows + i * wide;
+          if (at[i] < 0)
+            memset(row, 0, (size_t)wide * 4);
+          else if (straight)
+            memcpy(row, (const float*)cache.keys + at[i] * columns, (size_t)columns * 4);
+          else
+            read_row(cache.keys, cache.key_scales, cache.format, at[i], op.head_dim, 0, op.head_dim, row);
+        }
+      }
+      int column = 0;
+      for (; column + 16 <= columns; column += 16) transpose16(from + column, width, to + column * kKeys, kKeys);
+      for (; column < columns; column++)
+        for (int i = 0; i < 16; i++) memcpy(to + column * kKeys + i, from + i * width + column, 4);
     }
   }
+
+  // The tile's values as fp32, row by row; zero before the first position, and left alone behind the last: nobody reads them.
+  void load_values(int seen) const {
+    for (int i = 0; i < seen; i++)
+      for (int p = 0; p < panels; p++) {
+        const int column = p * kPanel, width = depth_values - column < kPanel ? depth_values - column : kPanel;
+        float* to = values + ((int64_t)p * kKeys + i) * kPanel;
+        if (width < kPanel || place[i] < 0) memset(to, 0, kPanel * 4);
+        if (place[i] < 0) continue;
+        if (op.latent)  // values are the first columns of keys
+          read_row(cache.keys, cache.key_scales, cache.format, place[i], op.head_dim, column, width, to);
+        else
+          read_row(cache.values, cache.value_scales, cache.format, place[i], depth_values, column, width, to);
+      }
+  }
+
+  // out += scores · values.
+  void add_values(int count, int seen) {
+    if (count <= kFewRows && !op.latent && depth_values % kPanel == 0) {
+      if (cache.format == kFloat32) return add_rows<kFloat32>(count, seen);
+      if (cache.format == kBfloat16) return add_rows<kBfloat16>(count, seen);
+      return add_rows<kInt8>(count, seen);
+    }
+    load_values(seen);
+    for (int p = 0; p < panels; p++)
+      float_panel(FromFloat32{values + (int64_t)p * kKeys * kPanel}, seen, scores, kKeys, count, output(p), kPanel);
+  }
+  template <int kFormat>
+  void add_rows(int count, int seen) {
+    int first = 0;
+    while (first < seen && place[first] < 0) first++;
+    for (int p = 0; p < panels; p++)
+      float_panel(CacheRows<kFormat>{cache, place + first, depth_values, p * kPanel}, seen - first, scores + first, kKeys, count,
+                  output(p), kPanel);
+  }
+  float* output(int p) const { return out + (int64_t)p * kQueryRows * kPanel; }
 
   void run(const AttendItem& item, const int32_t* table);
   void soften(int row, int head, int64_t position, int64_t start);
@@ -251,7 +193,7 @@ inline void AttendWork::soften(int row, int head, int64_t position, int64_t star
     float shrink = exp1(old - now);
     sum[row] *= shrink;
     for (int p = 0; p < panels; p++) {
-      float* o = out + ((int64_t)p * kQueryRows + row) * kPanel;
+      float* o = output(p) + (int64_t)row * kPanel;
       for (int j = 0; j < kPanel; j += kLanes) vstore(o + j, vmul(vload(o + j), vset(shrink)));
     }
   }
@@ -266,7 +208,7 @@ inline void AttendWork::run(const AttendItem& item, const int32_t* table) {
     for (int h = 0; h < item.heads; h++)
       memcpy(queries + (t * item.heads + h) * op.head_dim,
              turn.state.at(op.x, item.begin + t) + (int64_t)(item.first_head + h) * op.head_dim, (size_t)op.head_dim * 4);
-  for (int p = 0; p < panels; p++) memset(out + (int64_t)p * kQueryRows * kPanel, 0, (size_t)count * kPanel * 4);
+  for (int p = 0; p < panels; p++) memset(output(p), 0, (size_t)count * kPanel * 4);
   for (int r = 0; r < count; r++) {
     best[r] = -INFINITY;
     sum[r] = 0.0f;
@@ -274,16 +216,18 @@ inline void AttendWork::run(const AttendItem& item, const int32_t* table) {
   int64_t high = batch.positions[item.end - 1], low = 0;
   if (op.has_window) low = batch.positions[item.begin] - (int64_t)op.window + 1;
   if (low < 0) low = 0;
+  const bool pairs = count <= kFewRows && cache.format == kBfloat16 && op.head_dim % 2 == 0;
   for (int64_t start = low / kKeys * kKeys; start <= high; start += kKeys) {
-    load_tile(table, item.kv_head, start, low, high);
+    find_rows(table, item.kv_head, start, low, high);
+    load_keys(pairs);
     memset(scores, 0, (size_t)count * kKeys * 4);
-    float_panel(FromFloat32{keys}, op.head_dim, queries, op.head_dim, count, scores, kKeys);
+    if (pairs)
+      float_panel(FromBfloat16{(const uint16_t*)keys}, op.head_dim, queries, op.head_dim, count, scores, kKeys);
+    else
+      float_panel(FromFloat32{keys}, op.head_dim, queries, op.head_dim, count, scores, kKeys);
     for (int r = 0; r < count; r++)
       soften(r, item.first_head + r % item.heads, batch.positions[item.begin + r / item.heads], start);
-    int64_t seen = high - start + 1 < kKeys ? high - start + 1 : kKeys;
-    for (int p = 0; p < panels; p++)
-      float_panel(FromFloat32{values + (int64_t)p * kKeys * kPanel}, seen, scores, kKeys, count,
-                  out + (int64_t)p * kQueryRows * kPanel, kPanel);
+    add_values(count, (int)(high - start + 1 < kKeys ? high - start + 1 : kKeys));
   }
   finish(item, count);
 }
@@ -336,25 +280,28 @@ inline void run_attend(const Turn& turn) {
     turn.barrier();
   }
   AttendWork work(turn, cache);
-  int64_t base = 0, wanted = turn.take(0);
-  for (const SequenceRun& run : turn.state.runs) {
-    int64_t blocks = (run.end - run.begin + block - 1) / block, items = blocks * op.kv_heads * head_blocks;
-    for (; wanted < base + items; wanted = turn.take(0)) {
-      int64_t i = wanted - base;
-      AttendItem item;
-      // Last blocks first: they see the most keys.
-      item.begin = run.begin + (int)(blocks - 1 - i / (op.kv_heads * head_blocks)) * block;
-      item.end = item.begin + block < run.end ? item.begin + block : run.end;
-      item.kv_head = (int)(i / head_blocks % op.kv_heads);
-      int first = (int)(i % head_blocks) * heads;
-      item.first_head = item.kv_head * share + first;
-      item.heads = share - first < heads ? share - first : heads;
-      const int32_t* table = table_of(item.begin);
-      if (own)
-        for (int t = item.begin; t < item.end; t++) write_cache(turn, cache, t, item.kv_head, table);
-      work.run(item, table);
-    }
-    base += items;
+  const int per_block = op.kv_heads * head_blocks;
+  auto blocks_of = [&](const SequenceRun& run) { return (run.end - run.begin + block - 1) / block; };
+  int64_t total = 0;
+  for (const SequenceRun& run : turn.state.runs) total += blocks_of(run) * per_block;
+  const SequenceRun* run = turn.state.runs.data();
+  int64_t base = 0;  // the first item of `run`
+  for (int64_t wanted; (wanted = turn.take(0, total)) < total;) {
+    while (wanted < base) base -= blocks_of(*--run) * per_block;
+    while (wanted >= base + blocks_of(*run) * per_block) base += blocks_of(*run++) * per_block;
+    int64_t i = wanted - base;
+    AttendItem item;
+    // Last blocks first: they see the most keys.
+    item.begin = run->begin + (int)(blocks_of(*run) - 1 - i / per_block) * block;
+    item.end = item.begin + block < run->end ? item.begin + block : run->end;
+    item.kv_head = (int)(i / head_blocks % op.kv_heads);
+    int first = (int)(i % head_blocks) * heads;
+    item.first_head = item.kv_head * share + first;
+    item.heads = share - first < heads ? share - first : heads;
+    const int32_t* table = table_of(item.begin);
+    if (own)
+      for (int t = item.begin; t < item.end; t++) write_cache(turn, cache, t, item.kv_head, table);
+    work.run(item, table);
   }
 }
 

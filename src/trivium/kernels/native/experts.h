@@ -144,19 +144,25 @@ inline void fill_slot(const Prepared& p, const float* x, int64_t slot) {
 // Calls work(expert, first slot, tokens, panel) for every block of every hit expert, shared out among the members.
 template <typename Work>
 void each_panel(const Turn& turn, int phase, const ExpertTables& tables, const Work& work, bool down) {
-  int64_t base = 0, wanted = turn.take(phase);
-  for (int i = 0; i < *tables.num_hits; i++) {
-    const Hit& hit = tables.hits[i];
+  auto items_of = [&](int i) {
+    const Expert& expert = turn.op.experts[tables.hits[i].expert];
+    const Matrix& matrix = down ? *expert.down : *expert.up;
+    return panels_of(matrix) * Blocks(tables.hits[i].count, form_of(matrix)).count;
+  };
+  int64_t total = 0;
+  for (int i = 0; i < *tables.num_hits; i++) total += items_of(i);
+  int at = 0;
+  int64_t base = 0;  // the first item of hit `at`
+  for (int64_t item; (item = turn.take(phase, total)) < total;) {
+    while (item < base) base -= items_of(--at);
+    while (item >= base + items_of(at)) base += items_of(at++);
+    const Hit& hit = tables.hits[at];
     const Expert& expert = turn.op.experts[hit.expert];
     const Matrix& matrix = down ? *expert.down : *expert.up;
     const int64_t panels = panels_of(matrix);
     const Blocks blocks(hit.count, form_of(matrix));
-    for (; wanted < base + panels * blocks.count; wanted = turn.take(phase)) {
-      int64_t item = wanted - base;
-      int first = (int)(item / panels * blocks.size), left = hit.count - first;
-      work(expert, hit.start + first, left < blocks.size ? left : (int)blocks.size, item % panels);
-    }
-    base += panels * blocks.count;
+    int first = (int)((item - base) / panels * blocks.size), left = hit.count - first;
+    work(expert, hit.start + first, left < blocks.size ? left : (int)blocks.size, (item - base) % panels);
   }
 }
 

@@ -1,4 +1,4 @@
-// Linear, gated and per-head products: panels are taken one by one by whichever thread is free, with all that follows
+// Linear, gated and per-head products: panels are taken one by one ([Note: own panels first]), with all that follows
 // a product (bias, activation, scale, residual) done on the panel while it is in the first cache.
 #pragma once
 #include "pointwise.h"
@@ -9,13 +9,12 @@ namespace trv {
 inline void run_prepare(const Turn& turn) {
   const Preparation& how = turn.state.preparations[turn.plan.prepared];
   const Prepared& p = turn.state.prepared[turn.plan.prepared];
-  int64_t rows = turn.rows(), begin, end;
+  int64_t rows = turn.rows();
   int64_t padded = round_up(rows, tile_tokens(how.form));
-  turn.share(rows * how.heads, begin, end);
-  for (int64_t i = begin; i < end; i++) {
+  turn.share_pieces(rows * how.heads, pieces_of(p), [&](int64_t i, int first, int last) {
     int64_t head = i / rows, t = i % rows;
-    prepare_row(p, turn.state.at(how.x, t) + head * how.stride, head * padded + t);
-  }
+    prepare_pieces(p, turn.state.at(how.x, t) + head * how.stride, head * padded + t, first, last);
+  });
   turn.barrier();
 }
 
@@ -58,7 +57,8 @@ inline void run_linear(const Turn& turn) {
   const int64_t rows = turn.rows(), panels = panels_of(m);
   const Blocks blocks(rows, x.form);
   float* c = turn.scratch().c0.get<float>(kBlock * kPanel);
-  for (int64_t item; (item = turn.take(0)) < panels * blocks.count;) {
+  const int64_t items = panels * blocks.count;
+  for (int64_t item; (item = turn.take(0, items)) < items;) {
     int64_t t0 = item / panels * blocks.size, panel = item % panels;
     int tokens = (int)(rows - t0 < blocks.size ? rows - t0 : blocks.size);
     product(m, panel, x, (int)t0, tokens, c, turn.scratch());
@@ -84,7 +84,8 @@ inline void run_gated(const Turn& turn) {
   const Blocks blocks(rows, x.form);
   float* c0 = turn.scratch().c0.get<float>(kBlock * kPanel);
   float* c1 = turn.scratch().c1.get<float>(kBlock * kPanel);
-  for (int64_t item; (item = turn.take(0)) < panels * blocks.count;) {
+  const int64_t items = panels * blocks.count;
+  for (int64_t item; (item = turn.take(0, items)) < items;) {
     int64_t t0 = item / panels * blocks.size, panel = item % panels;
     int tokens = (int)(rows - t0 < blocks.size ? rows - t0 : blocks.size);
     product(gate, panel, x, (int)t0, tokens, c0, turn.scratch());
@@ -108,7 +109,8 @@ inline void run_head_linear(const Turn& turn) {
   const int64_t rows = turn.rows(), panels = panels_of(op.matrix[0]);
   const Blocks blocks(rows, form_of(op.matrix[0]));
   float* c = turn.scratch().c0.get<float>(kBlock * kPanel);
-  for (int64_t item; (item = turn.take(0)) < op.count * panels * blocks.count;) {
+  const int64_t items = op.count * panels * blocks.count;
+  for (int64_t item; (item = turn.take(0, items)) < items;) {
     int64_t head = item / (panels * blocks.count), t0 = item / panels % blocks.count * blocks.size, panel = item % panels;
     int tokens = (int)(rows - t0 < blocks.size ? rows - t0 : blocks.size);
     const Matrix& m = op.matrix[head];

@@ -49,8 +49,10 @@ TRV_INLINE void store_at(float* p, int i, int n, vf v) {
     vstore_n(p + i, v, n - i);
 }
 
-inline void norm_group(const Operation& op, const float* x, float* out, int column) {
-  int n = op.group;
+// Columns begin … end − 1 of the group that starts at `column` of its row: whole vectors but for the group's last. Its
+// statistics are always the whole group's.
+inline void norm_group(const Operation& op, const float* x, float* out, int column, int begin, int end) {
+  const int n = op.group;
   float mean = 0.0f;
   if (op.layer_norm) {
     vf sum = vzero();
@@ -73,7 +75,7 @@ inline void norm_group(const Operation& op, const float* x, float* out, int colu
   float variance = (hsum(vadd(squares, squares2)) + rest) / (float)n;
   vf inverse = vset(1.0f / std::sqrt(variance + op.eps)), offset = vset(op.offset);
   int at = op.weight_period ? column % op.weight_period : 0;
-  for (i = 0; i < n; i += kLanes) {
+  for (i = begin; i < end; i += kLanes) {
     vf v = vmul(vsub(load_at(x, i, n), centre), inverse);
     if (op.weight)
       v = vmul(v, vadd(offset, load_at(op.weight + at, i, n)));
@@ -84,16 +86,23 @@ inline void norm_group(const Operation& op, const float* x, float* out, int colu
   }
 }
 
+// [Note: pieces of a row] The members share a norm of whole rows, and what is prepared of it, by pieces of rows: a step of
+// one token has one row. Each then reads all of a row, so none may be written in place.
 inline void run_norm(const Turn& turn) {
   const Operation& op = turn.op;
-  int64_t begin, end;
-  turn.share(turn.rows(), begin, end);
-  for (int64_t t = begin; t < end; t++) {
+  const Prepared* p = turn.plan.prepared >= 0 ? &turn.state.prepared[turn.plan.prepared] : nullptr;
+  const int width = op.x.width, piece = p ? piece_columns(*p) : 64;
+  const bool apart = op.group == width && !meet(op.x, op.out);
+  turn.share_pieces(turn.rows(), apart ? (width + piece - 1) / piece : 1, [&](int64_t t, int first, int last) {
     const float* x = turn.state.at(op.x, t);
     float* out = turn.state.at(op.out, t);
-    for (int column = 0; column < op.x.width; column += op.group) norm_group(op, x + column, out + column, column);
-    if (turn.plan.prepared >= 0) prepare_row(turn.state.prepared[turn.plan.prepared], out, t);
-  }
+    if (apart)
+      norm_group(op, x, out, 0, first * piece, last * piece < width ? last * piece : width);
+    else
+      for (int column = 0; column < width; column += op.group) norm_group(op, x + column, out + column, column, 0, op.group);
+    if (p && apart) prepare_pieces(*p, out, t, first, last);
+    if (p && !apart) prepare_row(*p, out, t);
+  });
 }
 
 inline void run_rope(const Turn& turn) {

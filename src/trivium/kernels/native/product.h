@@ -40,19 +40,21 @@ struct Scratch {
 };
 
 // ------------------------------------------------------------------------------------------------ fp32 arithmetic
-// Inputs 2i (even) and 2i + 1 (odd) of sixteen outputs; `k` is 2i.
-struct FromFloat32 {
-  const float* w;
+// A source gives inputs 2i (even) and 2i + 1 (odd) of sixteen outputs, where `k` is 2i, and fetches what follows later.
+template <typename T>
+struct FromPanel {
+  const T* w;
+  TRV_INLINE void fetch(const FromPanel& s, int64_t k) { fetch_far(s.w + k * kPanel, 2 * kPanel * sizeof(T)); }
+};
+struct FromFloat32 : FromPanel<float> {
   TRV_INLINE vf even(const FromFloat32& s, int64_t k, int j) { return vload(s.w + k * kPanel + j * kLanes); }
   TRV_INLINE vf odd(const FromFloat32& s, int64_t k, int j) { return vload(s.w + (k + 1) * kPanel + j * kLanes); }
 };
-struct FromFloat16 {
-  const uint16_t* w;
+struct FromFloat16 : FromPanel<uint16_t> {
   TRV_INLINE vf even(const FromFloat16& s, int64_t k, int j) { return vload_f16(s.w + k * kPanel + j * kLanes); }
   TRV_INLINE vf odd(const FromFloat16& s, int64_t k, int j) { return vload_f16(s.w + (k + 1) * kPanel + j * kLanes); }
 };
-struct FromBfloat16 {
-  const uint16_t* w;
+struct FromBfloat16 : FromPanel<uint16_t> {
   TRV_INLINE vi both(const FromBfloat16& s, int64_t k, int j) { return viload((const int32_t*)(s.w + k * kPanel) + j * kLanes); }
   TRV_INLINE vf even(const FromBfloat16& s, int64_t k, int j) { return vbits(vshl(both(s, k, j), 16)); }
   TRV_INLINE vf odd(const FromBfloat16& s, int64_t k, int j) {
@@ -84,7 +86,7 @@ TRV_INLINE void float_strip(const Source& w, int64_t depth, const float* x, int6
   }
   int64_t k = 0;
   for (; k + 2 <= depth; k += 2) {
-    if (NT == 1) fetch_far(w.w + k * kPanel, 2 * kPanel * sizeof(*w.w));
+    if (NT == 1) Source::fetch(w, k);
     TRV_UNROLL
     for (int j = 0; j < NV; j++) line[j] = Source::even(w, k, j0 + j);
     add_input(acc, line, x + k, stride);
@@ -195,7 +197,7 @@ TRV_INLINE void int_strip(const Matrix& m, int64_t panel, const Prepared& x, int
     TRV_UNROLL
     for (int t = 0; t < NT; t++)
       TRV_UNROLL
-      for (int j = 0; j < NV; j++) acc[t][j] = viset(dot_start(m, x.sums[(t0 + t) * x.groups + g]));
+      for (int j = 0; j < NV; j++) acc[t][j] = viset(dot_start(m, x.sums[x.place(t0 + t, g)]));
     for (int64_t k = begin; k < end; k += 32) {
       int64_t at = (k / 64) * 1024 + k % 64;
       const uint8_t* source = w + k * kPanel / (kFour ? 2 : 1);
@@ -231,7 +233,7 @@ TRV_INLINE void int_strip(const Matrix& m, int64_t panel, const Prepared& x, int
       vf weight_scale = m.group ? load_scale(m, panel, x.groups, g, j0 + j) : vzero();
       TRV_UNROLL
       for (int t = 0; t < NT; t++) {
-        int64_t at = (t0 + t) * x.groups + g;
+        int64_t at = x.place(t0 + t, g);
         add_group(m, panel, x.groups, g, j0 + j, acc[t][j], x.scales[at], x.sums[at], weight_scale, c + t * kPanel);
       }
     }

@@ -1,4 +1,5 @@
-// Binds a program once and runs its steps: the whole library for one kind of CPU, behind four C functions.
+// Binds a program once, runs its steps and draws their tokens: the library for one kind of CPU, behind five C functions.
+#include "draw.h"
 #include "experts.h"
 
 namespace trv {
@@ -12,7 +13,7 @@ class Runner {
     state_.registers.resize(p.num_registers);
     memory_ = std::make_unique<Buffer[]>(p.num_registers);
     state_.scratch = std::vector<Scratch>(threads_);
-    state_.counters = std::make_unique<Counter[]>((size_t)p.num_operations * 2);
+    state_.taken = std::make_unique<Taken[]>(operations_.size() * 2 * threads_);
     state_.specs = specs_.data();
     plan();
     prepared_memory_ = std::make_unique<Buffer[]>(2);
@@ -25,23 +26,46 @@ class Runner {
     } catch (const std::bad_alloc&) {
       return 2;
     }
-    if (!team_ || !team_->alive()) {
-      team_.release();  // after a fork its threads are gone: it cannot be torn down
-      team_ = std::make_unique<Team>(threads_);
-    }
-    state_.team = team_.get();
+    state_.team = &team();
     state_.batch = &batch;
-    for (size_t i = 0; i < operations_.size() * 2; i++) state_.counters[i].next.store(0, std::memory_order_relaxed);
+    for (size_t i = 0; i < operations_.size() * 2 * threads_; i++) state_.taken[i].store(0, std::memory_order_relaxed);
     team_->run([this](int member) { walk(member); });
     return 0;
   }
 
- private:
-  // ---------------------------------------------------------------------------------------------- planning
-  static bool meet(const Span& a, const Span& b) {
-    return a.reg == b.reg && a.start < b.start + b.width && b.start < a.start + a.width;
+  // Rows are taken one by one, each by one thread; for few logits nobody is woken.
+  int draw(const Draws& draws) {
+    if (!valid_draws(draws)) return 1;
+    const int members = (int)std::min<int64_t>({threads_, draws.count, 1 + draws.count * draws.width / kAlone});
+    draw_scratch_.resize(threads_);
+    for (int member = 0; member < members; member++) {
+      if (!draw_scratch_[member]) draw_scratch_[member] = std::make_unique<DrawScratch>();
+      reserve_draws(*draw_scratch_[member], draws.width);
+    }
+    std::atomic<int64_t> next{0};
+    auto work = [&](int member) {
+      if (member >= members) return;
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < draws.count;)
+        draw_row(draws, i, *draw_scratch_[member]);
+    };
+    if (members > 1)
+      team().run(work);
+    else
+      work(0);
+    return 0;
   }
-  static bool meet(const Span& a, const std::vector<Span>& others) {
+
+ private:
+  Team& team() {
+    if (!team_ || !team_->alive()) {
+      team_.release();  // after a fork its threads are gone: it cannot be torn down
+      team_ = std::make_unique<Team>(threads_);
+    }
+    return *team_;
+  }
+
+  // ---------------------------------------------------------------------------------------------- planning
+  static bool meet_any(const Span& a, const std::vector<Span>& others) {
     for (const Span& b : others)
       if (meet(a, b)) return true;
     return false;
@@ -90,12 +114,12 @@ class Runner {
       }
       if (plan.prepare || op.kind == kExperts) {
         // Its first phase reads only; its own barrier follows before it writes.
-        for (const Span& s : reading) plan.barrier = plan.barrier || meet(s, writes);
+        for (const Span& s : reading) plan.barrier = plan.barrier || meet_any(s, writes);
         reads.clear();
         writes.clear();
       } else {
-        for (const Span& s : reading) plan.barrier = plan.barrier || meet(s, writes);
-        for (const Span& s : writing) plan.barrier = plan.barrier || meet(s, writes) || meet(s, reads);
+        for (const Span& s : reading) plan.barrier = plan.barrier || meet_any(s, writes);
+        for (const Span& s : writing) plan.barrier = plan.barrier || meet_any(s, writes) || meet_any(s, reads);
         if (plan.barrier) {
           reads.clear();
           writes.clear();
@@ -103,7 +127,7 @@ class Runner {
       }
       reads.insert(reads.end(), reading.begin(), reading.end());
       writes.insert(writes.end(), writing.begin(), writing.end());
-      if (current >= 0 && meet(state_.preparations[current].x, writing)) current = -1;
+      if (current >= 0 && meet_any(state_.preparations[current].x, writing)) current = -1;
       for (const Span& s : writing) late[s.reg] = plan.output_rows;
     }
     state_.prepared.resize(state_.preparations.size());
@@ -221,7 +245,7 @@ class Runner {
     for (size_t i = 0; i < operations_.size(); i++) {
       const Operation& op = operations_[i];
       if (plans_[i].barrier) team_->barrier();
-      Turn turn{state_, op, plans_[i], member, state_.counters.get() + 2 * i};
+      Turn turn{state_, op, plans_[i], member, state_.taken.get() + 2 * threads_ * i};
       switch (op.kind) {
         case kEmbed: run_embed(turn); break;
         case kNorm: run_norm(turn); break;
@@ -251,8 +275,21 @@ class Runner {
   int threads_;
   State state_;
   std::unique_ptr<Buffer[]> memory_, prepared_memory_;
+  std::vector<std::unique_ptr<DrawScratch>> draw_scratch_;  // one per member
   std::unique_ptr<Team> team_;
 };
+
+// What `work` returns; 2: it found no memory; 3: it threw anything else, as where threads cannot be started.
+template <typename Work>
+int guarded(Work work) {
+  try {
+    return work();
+  } catch (const std::bad_alloc&) {
+    return 2;
+  } catch (...) {
+    return 3;
+  }
+}
 
 }  // namespace trv
 
@@ -268,20 +305,20 @@ TRV_API void* trivium_bind(const trv::Program* program) {
 
 // 0: done; 1: the batch does not fit the program, nothing ran; 2: out of memory; 3: the threads could not be started.
 TRV_API int trivium_run(void* runner, const trv::Batch* batch) {
-  try {
-    return static_cast<trv::Runner*>(runner)->run(*batch);
-  } catch (const std::bad_alloc&) {
-    return 2;
-  } catch (...) {
-    return 3;
-  }
+  return trv::guarded([&] { return static_cast<trv::Runner*>(runner)->run(*batch); });
+}
+
+// 0: done; 1: the draws do not fit their rows, nothing was drawn; 2: out of memory; 3: the threads could not be started.
+TRV_API int trivium_draw(void* runner, const trv::Draws* draws) {
+  return trv::guarded([&] { return static_cast<trv::Runner*>(runner)->draw(*draws); });
 }
 
 TRV_API void trivium_free(void* runner) { delete static_cast<trv::Runner*>(runner); }
 
 // Sizes of the structs, in the order of abi.h: Python checks its mirror against them.
 TRV_API void trivium_sizes(int64_t* sizes) {
-  const int64_t all[] = {sizeof(trv::Span), sizeof(trv::Matrix), sizeof(trv::Expert), sizeof(trv::Operation), sizeof(trv::CacheSpec),
-                         sizeof(trv::Cache), sizeof(trv::Program), sizeof(trv::Routing), sizeof(trv::Batch)};
+  const int64_t all[] = {sizeof(trv::Span),      sizeof(trv::Matrix), sizeof(trv::Expert),  sizeof(trv::Operation),
+                         sizeof(trv::CacheSpec), sizeof(trv::Cache),  sizeof(trv::Program), sizeof(trv::Routing),
+                         sizeof(trv::Batch),     sizeof(trv::Draws)};
   memcpy(sizes, all, sizeof all);
 }

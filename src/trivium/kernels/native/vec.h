@@ -1,7 +1,7 @@
 // Sixteen fp32 (vf) or int32 (vi) lanes on AVX-512, AVX2, NEON or plain vectors: all that the kernels know of a CPU.
 //
 // Every operation here rounds the same way wherever it is used, so an output depends only on the order of the calls.
-// min and max return their second operand where one is NaN.
+// min and max return their second operand where one is NaN; vge has a bit for each lane whose a is at least b.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -41,6 +41,7 @@ TRV_INLINE vf vdiv(vf a, vf b) { return _mm512_div_ps(a, b); }
 TRV_INLINE vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 TRV_INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
 TRV_INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+TRV_INLINE uint32_t vge(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 TRV_INLINE vf vabs(vf a) { return _mm512_abs_ps(a); }
 TRV_INLINE vf vround(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 TRV_INLINE vi vint(vf a) { return _mm512_cvtps_epi32(a); }
@@ -104,6 +105,10 @@ TRV_INLINE vf vfma(vf x, vf y, vf z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _
 TRV_INLINE vf vabs(vf x) {
   __m256 m = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   return {_mm256_and_ps(x.a, m), _mm256_and_ps(x.b, m)};
+}
+TRV_INLINE uint32_t vge(vf x, vf y) {
+  return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GE_OQ)) |
+         (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ)) << 8;
 }
 TRV_INLINE vf vround(vf x) {
   return {_mm256_round_ps(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
@@ -193,6 +198,14 @@ TRV_INLINE vf vfma(vf a, vf b, vf c) { TRV_FOUR(vf, a.v[i] * b.v[i] + c.v[i]) }
 TRV_INLINE f4 pick(i4 mask, f4 a, f4 b) { return (f4)((mask & (i4)a) | (~mask & (i4)b)); }
 TRV_INLINE vf vmin(vf a, vf b) { TRV_FOUR(vf, pick(a.v[i] < b.v[i], a.v[i], b.v[i])) }
 TRV_INLINE vf vmax(vf a, vf b) { TRV_FOUR(vf, pick(a.v[i] > b.v[i], a.v[i], b.v[i])) }
+TRV_INLINE uint32_t vge(vf a, vf b) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 4; i++) {
+    i4 at_least = (a.v[i] >= b.v[i]) & (i4){1, 2, 4, 8};
+    bits |= (uint32_t)(at_least[0] | at_least[1] | at_least[2] | at_least[3]) << 4 * i;
+  }
+  return bits;
+}
 TRV_INLINE vf vabs(vf a) { TRV_FOUR(vf, (f4)((i4)a.v[i] & 0x7fffffff)) }
 // Round to nearest even by adding 1.5 · 2^23: for |a| < 2^22, all that the kernels round.
 TRV_INLINE vf vround(vf a) { TRV_FOUR(vf, (a.v[i] + 12582912.0f) - 12582912.0f) }
@@ -301,27 +314,58 @@ TRV_INLINE void vprefetch(const void* p) { __builtin_prefetch(p); }
 #undef TRV_FOUR
 #endif
 
-// Horizontal sums and maxima in one fixed order.
+// Horizontal sums and maxima in one fixed order: the upper half upon the lower one, until one lane is left.
+#if TRV_AVX512 || TRV_AVX2
+#define TRV_FOLD(op) \
+  __m128 quarter = _mm_##op##_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)); \
+  quarter = _mm_##op##_ps(quarter, _mm_movehl_ps(quarter, quarter)); \
+  return _mm_cvtss_f32(_mm_##op##_ss(quarter, _mm_movehdup_ps(quarter)));
+#if TRV_AVX512
+TRV_INLINE __m256 lower(vf a) { return _mm512_castps512_ps256(a); }
+TRV_INLINE __m256 upper(vf a) { return _mm512_extractf32x8_ps(a, 1); }
+#else
+TRV_INLINE __m256 lower(vf a) { return a.a; }
+TRV_INLINE __m256 upper(vf a) { return a.b; }
+#endif
 TRV_INLINE float hsum(vf a) {
-  float t[16];
-  vstore(t, a);
-  for (int width = 8; width; width /= 2)
-    for (int i = 0; i < width; i++) t[i] += t[i + width];
-  return t[0];
+  __m256 half = _mm256_add_ps(lower(a), upper(a));
+  TRV_FOLD(add)
 }
-TRV_INLINE float hmax(vf a) {
-  float t[16];
-  vstore(t, a);
-  float best = t[0];
-  for (int i = 1; i < 16; i++) best = t[i] > best || t[i] != t[i] ? t[i] : best;
-  return best;
+// Of lanes none of which is NaN.
+TRV_INLINE float htop(vf a) {
+  __m256 half = _mm256_max_ps(lower(a), upper(a));
+  TRV_FOLD(max)
 }
+#undef TRV_FOLD
+#else
+TRV_INLINE float hsum(vf a) {
+  f4 quarter = (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]);
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+TRV_INLINE f4 top4(f4 a, f4 b) { return pick(a > b, a, b); }
+TRV_INLINE float htop(vf a) {
+  f4 quarter = top4(top4(a.v[0], a.v[2]), top4(a.v[1], a.v[3]));
+  float low = quarter[0] > quarter[2] ? quarter[0] : quarter[2], high = quarter[1] > quarter[3] ? quarter[1] : quarter[3];
+  return low > high ? low : high;
+}
+#endif
+// NaN where a lane is.
+TRV_INLINE float hmax(vf a) { return vge(a, a) == 0xffff ? htop(a) : NAN; }
+#if TRV_AVX512
+TRV_INLINE int32_t hisum(vi a) { return _mm512_reduce_add_epi32(a); }
+#elif TRV_AVX2
 TRV_INLINE int32_t hisum(vi a) {
-  int32_t t[16], sum = 0;
-  vistore(t, a);
-  for (int i = 0; i < 16; i++) sum += t[i];
-  return sum;
+  __m256i half = _mm256_add_epi32(a.a, a.b);
+  __m128i quarter = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  quarter = _mm_add_epi32(quarter, _mm_shuffle_epi32(quarter, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(quarter, _mm_shuffle_epi32(quarter, 0xb1)));
 }
+#else
+TRV_INLINE int32_t hisum(vi a) {
+  i4 quarter = (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]);
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+#endif
 
 // The first n < 16 lanes; the others are zero on loading and left alone on storing.
 TRV_INLINE vf vload_n(const float* p, int n) {
