@@ -64,7 +64,7 @@ def test_a_library_that_is_not_ours(tmp_path: Path) -> None:
         ({"backend": "cuda"}, "expected auto, native or torch"),
         ({"backend": "native:mmx"}, "this machine runs"),
         ({"backend": "native", "device": "meta"}, "runs on the CPU"),
-        ({"backend": "native", "threads": -1}, "threads: -1"),
+        ({"backend": "native", "threads": -1}, "threads=-1"),
     ],
 )
 def test_refused_backends(arguments: dict[str, Any], message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from trivium.base.errors import ConfigError
@@ -23,13 +24,18 @@ def check(program: Program, batch: Batch, caches: Sequence[Cache]) -> None:
     _check_range("positions", batch.positions, positions)
     _check_range("output_rows", batch.output_rows, tokens)
     _check_range("sequences", batch.sequences, batch.block_tables.shape[0])
+    check_caches(program, caches)
+    _check_order(batch)
+    _check_blocks(program, batch, caches)
+    _check_routing(program, batch, tokens)
+
+
+def check_caches(program: Program, caches: Sequence[Cache]) -> None:
+    """As many as the program has layers that keep something, each as its layer says. Raises ConfigError."""
     if len(caches) != len(program.caches):
         raise ConfigError(f"caches: the program has {len(program.caches)}, got {len(caches)}")
     for number, (cache, spec) in enumerate(zip(caches, program.caches, strict=True)):
         check_cache(f"cache {number}", cache, spec)
-    _check_order(batch)
-    _check_blocks(program, batch, caches)
-    _check_routing(program, batch, tokens)
 
 
 def _check_vectors(batch: Batch, tokens: int) -> None:
@@ -153,3 +159,57 @@ def _check_routing(program: Program, batch: Batch, tokens: int) -> None:
                 f"batch.routing[{op.layer}]: {list(chosen.shape)} {chosen.dtype}, expected int32 {wanted}"
             )
         _check_range(f"routing[{op.layer}]", chosen, len(op.experts))
+
+
+class DecodeCheck:
+    """Tells steps in which every sequence has one token, whose row is wanted, in order, and every number is right.
+
+    In some ten microseconds where `check` takes hundreds; what it does not pass may be right too: ask `check`.
+    """
+
+    def __init__(self, program: Program, caches: Sequence[Cache]) -> None:
+        """Raises ConfigError when ``caches`` do not fit the program."""
+        check_caches(program, caches)
+        attends = [op for op in program.operations if isinstance(op, Attend)]
+        sizes = {(caches[op.cache].keys.shape[0], caches[op.cache].keys.shape[2]) for op in attends}
+        self._blocks, self._block_size = sizes.pop() if len(sizes) == 1 else (0, 1)  # several: nothing passes
+        windows = [op.window for op in attends if op.window is not None]
+        self._window = max(windows) if windows and len(windows) == len(attends) else None
+        # So many blocks may `window` neighbouring positions touch.
+        self._reach = (
+            2**31 - 1 if self._window is None else (self._window + self._block_size - 2) // self._block_size + 1
+        )
+        self._vocabulary, positions = _limits(program)
+        self._positions = min(positions, 2**31 - 1 - self._block_size)
+
+    def passes(self, batch: Batch) -> bool:
+        """Whether ``batch`` is such a step."""
+        count = len(batch.token_ids)
+        vectors = (batch.token_ids, batch.positions, batch.sequences, batch.output_rows)
+        if batch.routing is not None or any(tensor.shape != (count,) for tensor in vectors):
+            return False
+        if batch.block_tables.dim() != 2 or batch.block_tables.shape[0] != count or not count:
+            return False
+        if any(tensor.dtype != torch.int32 or tensor.device.type != "cpu" for tensor in (*vectors, batch.block_tables)):
+            return False
+        tokens, positions, sequences, rows = (tensor.numpy() for tensor in vectors)
+        tables, order = batch.block_tables.numpy(), np.arange(count)
+        if not (sequences == order).all() or not (rows == order).all():
+            return False
+        if tokens.min() < 0 or tokens.max() >= self._vocabulary or positions.min() < 0:
+            return False
+        if positions.max() >= min(self._positions, tables.shape[1] * self._block_size):
+            return False
+        column = np.arange(tables.shape[1])
+        needed = column <= (positions // self._block_size)[:, None]
+        if self._window is not None:
+            needed &= column >= (np.maximum(positions - (self._window - 1), 0) // self._block_size)[:, None]
+        # All of a table is read on the device, also what is then hidden: -1 is the last block there.
+        return bool(tables.min() >= -1 and tables.max() < self._blocks and not (needed & (tables < 0)).any())
+
+    def share(self, batch: Batch, sequences: int, blocks: int, *, least: int) -> float:
+        """Of the blocks that attention reads in a step of so many ``sequences`` with so many ``blocks`` each, what
+        ``batch``, which passes, needs; a sequence counts for ``least`` blocks at least."""
+        read = min(blocks, self._reach)
+        needed = np.clip(batch.positions.numpy() // self._block_size + 1, least, read)
+        return float(needed.sum()) / (sequences * read)

@@ -280,8 +280,12 @@ class Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """logits fp32 [R, V]; hidden fp32 [R, dim]; routing per MoE layer: experts int32, weights fp32, both [T, K]."""
+    """logits fp32 [R, V]; hidden fp32 [R, dim]; routing per MoE layer: experts int32, weights fp32, both [T, K].
+
+    ``recorded``: the step was captured for later ones too, so that its time says nothing about theirs.
+    """
 
     logits: torch.Tensor
     hidden: torch.Tensor
     routing: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+    recorded: bool = False

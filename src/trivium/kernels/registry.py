@@ -60,22 +60,38 @@ def explain() -> str:
     return f"kernels: torch alone, the native ones are not built ({lost}): python -m trivium.kernels.build"
 
 
+def lost() -> str | None:
+    """`explain`'s line where a CPU runs slower here than it could; None where nothing is lost."""
+    found = native_variants()
+    return None if found and found[0] != "generic" else explain()
+
+
 def executor(
-    program: Program, *, backend: str = "auto", threads: int | None = None, device: str | torch.device = "cpu"
+    program: Program,
+    *,
+    backend: str = "auto",
+    threads: int | None = None,
+    device: str | torch.device = "cpu",
+    max_sequences: int = 64,
 ) -> Executor:
     """``program`` bound to a backend. ``threads``: of the native kernels; None: one per core this process may use.
+    ``max_sequences``: of the largest decode step that is captured on CUDA.
 
     "native:avx2" and the like name a variant. On "auto" matrices in panels run natively, plain ones in torch.
 
     Raises:
-        ConfigError: an unknown backend, or one that cannot run here or on that device.
+        ConfigError: an unknown backend, or one that cannot run here or on that device; fewer than one thread.
     """
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads={threads}: expected 1 or more, or none given for all cores")
     if _resolve(backend, torch.device(device), program) == "torch":
-        return TorchExecutor(program, device=device)
+        return TorchExecutor(program, device=device, max_sequences=max_sequences)
     variant = backend.partition(":")[2] or native_variants()[0]
     if variant not in native_variants():
         raise ConfigError(f"backend {backend!r}: this machine runs {', '.join(native_variants())}")
-    return NativeExecutor(program, open_library(build.library(variant)), variant, threads or usable_cores())
+    return NativeExecutor(
+        program, open_library(build.library(variant)), variant, usable_cores() if threads is None else threads
+    )
 
 
 def usable_cores() -> int:

@@ -11,15 +11,14 @@ from trivium.kernels.program import Attend, Batch, Cache
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, operation: Attend, batch: Batch, cache: Cache
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, operation: Attend, cache: Cache, *, batch: Batch
 ) -> torch.Tensor:
     """Write k, v [T, …] into ``cache``, then out [T, heads · value_dim] of q [T, heads · head_dim]."""
     tokens = q.shape[0]
-    keys = k.view(tokens, operation.kv_heads, operation.head_dim)
-    _write(cache.keys, cache.key_scales, keys, batch)
-    if cache.values is not None and v is not None:
-        values = v.view(tokens, operation.kv_heads, operation.value_dim)
-        _write(cache.values, cache.value_scales, values, batch)
+    block_size = cache.keys.shape[2]
+    blocks = batch.block_tables[batch.sequences.long(), (batch.positions // block_size).long()].long().to(q.device)
+    slots = (batch.positions % block_size).long().to(q.device)
+    write_entries(k, v, operation, cache, blocks, slots)
     queries = q.view(tokens, operation.heads, operation.head_dim)
     out = q.new_empty(tokens, operation.heads, operation.value_dim)
     start = 0
@@ -30,11 +29,20 @@ def attend(
     return out.view(tokens, -1)
 
 
-def _write(pages: torch.Tensor, scales: torch.Tensor | None, new: torch.Tensor, batch: Batch) -> None:
-    block_size = pages.shape[2]
-    blocks = batch.block_tables[batch.sequences.long(), (batch.positions // block_size).long()].long()
-    slots = (batch.positions % block_size).long()
-    blocks, slots = blocks.to(pages.device), slots.to(pages.device)
+def write_entries(
+    k: torch.Tensor, v: torch.Tensor | None, operation: Attend, cache: Cache, blocks: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Token t's keys and values into slot ``slots[t]`` of block ``blocks[t]`` (int64 [T], on the cache's device)."""
+    tokens = k.shape[0]
+    _write(cache.keys, cache.key_scales, k.view(tokens, operation.kv_heads, operation.head_dim), blocks, slots)
+    if cache.values is not None and v is not None:
+        values = v.view(tokens, operation.kv_heads, operation.value_dim)
+        _write(cache.values, cache.value_scales, values, blocks, slots)
+
+
+def _write(
+    pages: torch.Tensor, scales: torch.Tensor | None, new: torch.Tensor, blocks: torch.Tensor, slots: torch.Tensor
+) -> None:
     if scales is None:
         pages[blocks, :, slots] = new.to(pages.dtype)
         return

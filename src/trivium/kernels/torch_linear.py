@@ -47,7 +47,7 @@ def multiply(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         raise ConfigError("the torch kernels read plain matrices: pack(…, layout=registry.layout('torch'))")
     if matrix.format in ("int8", "int4"):
         return _multiply_quantised(x, matrix)
-    if x.is_cuda and matrix.format != "float32":
+    if x.device.type != "cpu" and matrix.format != "float32":
         return (x.to(matrix.data.dtype) @ matrix.data.T).float()
     return x @ matrix.data.float().T
 
@@ -58,7 +58,7 @@ def quantise(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     A group with a value that is not finite gets the scale NaN, so that its products say so.
     """
     groups = -(-x.shape[1] // group)
-    grouped = F.pad(x, (0, groups * group - x.shape[1])).view(x.shape[0], groups, group)
+    grouped = _padded(x, groups * group).view(x.shape[0], groups, group)
     largest = grouped.abs().amax(dim=2)
     finite = torch.isfinite(largest)
     safe = torch.where(finite & (largest > 0), largest, 1.0)
@@ -74,7 +74,7 @@ def _multiply_quantised(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
     whole, x_scales = quantise(x, group)
     weights = integers(matrix).to(torch.float32)
     groups = whole.shape[1]
-    weights = F.pad(weights, (0, groups * group - matrix.columns)).view(matrix.rows, groups, group)
+    weights = _padded(weights, groups * group).view(matrix.rows, groups, group)
     scales = scales_per_group(matrix).expand(matrix.rows, groups)
     out = x.new_zeros(x.shape[0], matrix.rows)
     for g in range(groups):
@@ -84,25 +84,35 @@ def _multiply_quantised(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
     return out if matrix.group else out * scales[:, 0]
 
 
+def _padded(x: torch.Tensor, columns: int) -> torch.Tensor:
+    """x [rows, any] with zeros up to ``columns``; itself where none are missing."""
+    return x if x.shape[1] == columns else F.pad(x, (0, columns - x.shape[1]))
+
+
 def norm(x: torch.Tensor, operation: Norm) -> torch.Tensor:
     """x [T, width] normed in groups of ``operation.group`` columns."""
     wide = x.view(x.shape[0], -1, operation.group)
+    over, weight, bias = (operation.group,), operation.weight, operation.bias
+    if weight is not None and operation.offset:
+        weight = operation.offset + weight
+    within = weight if weight is not None and weight.numel() == operation.group else None  # one launch on a GPU
     if operation.kind == "layer":
-        wide = wide - wide.mean(dim=2, keepdim=True)
-    wide = wide * torch.rsqrt(wide.square().mean(dim=2, keepdim=True) + operation.eps)
-    if operation.weight is not None:
-        wide = wide * (operation.offset + operation.weight.to(x.device).view(-1, operation.group))
-    elif operation.offset:
+        wide = F.layer_norm(wide, over, within, eps=operation.eps)
+    else:
+        wide = F.rms_norm(wide, over, within, operation.eps)
+    if weight is None and operation.offset:
         wide = wide * operation.offset
-    if operation.bias is not None:
-        wide = wide + operation.bias.to(x.device).view(-1, operation.group)
+    elif weight is not None and within is None:
+        wide = wide * weight.view(-1, operation.group)
+    if bias is not None:
+        wide = wide + bias.view(-1, operation.group)
     return wide.reshape(x.shape)
 
 
-def rotate(x: torch.Tensor, positions: torch.Tensor, operation: Rope) -> torch.Tensor:
-    """x [T, heads · head_dim] with each head's rotary columns turned."""
-    heads = x.view(x.shape[0], operation.heads, operation.head_dim).clone()
-    table = operation.table.to(x.device)[positions]
+def rotate(x: torch.Tensor, positions: torch.Tensor, operation: Rope) -> None:
+    """Turn, in place, each head's rotary columns of x [T, heads · head_dim]; ``positions`` [T] on x's device."""
+    heads = x.view(x.shape[0], operation.heads, operation.head_dim)
+    table = operation.table[positions]
     half = table.shape[1] // 2
     cos, sin = table[:, None, :half], table[:, None, half:]
     turned = heads[:, :, operation.first : operation.first + 2 * half]
@@ -112,4 +122,3 @@ def rotate(x: torch.Tensor, positions: torch.Tensor, operation: Rope) -> torch.T
     else:
         a, b = turned[:, :, :half], turned[:, :, half:]
         turned[:] = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=2)
-    return heads.view(x.shape)
