@@ -41,9 +41,16 @@ def decoder(seed: int = 0, **changes: object) -> Decoder:
     return model.eval()
 
 
-def folder(where: Path, *, chat: bool = True, text: bool = True, **changes: object) -> Path:
-    """A checkpoint; without ``text`` it has no tokenizer, without ``chat`` no template."""
+def folder(where: Path, *, chat: bool = True, text: bool = True, endless: bool = False, **changes: object) -> Path:
+    """A checkpoint; without ``text`` it has no tokenizer, without ``chat`` no template.
+
+    ``endless``: (with ``tied=False``) it writes no control token, and so never ends an answer.
+    """
     model = decoder(**changes)
+    if endless:
+        assert model.head is not None
+        with torch.no_grad():
+            model.head.weight.mul_(8)[-len(CONTROL) :].zero_()  # e⁻³⁰ beside the likeliest bytes
     where.mkdir(parents=True, exist_ok=True)
     trivium.checkpoint.save(where / "step-00000001", model=model, extra={"model": dataclasses.asdict(model.config)})
     if text:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.inference.toy import SPEC, VOCABULARY, Answers, ToyExecutor, ask, engine
+from tests.inference.toy import DRAWN_BY, SPEC, VOCABULARY, Answers, ToyExecutor, ask, engine, sampler
 from trivium.base.errors import CapacityError
+from trivium.inference import engine as engine_module
 from trivium.inference.cache import PagedCache
 from trivium.inference.engine import Engine, EngineConfig
 from trivium.inference.request import ContextLengthError, RequestError
+from trivium.kernels.draws import Draws, Tokens
 from trivium.kernels.program import Batch, Cache, Output
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9], [2], list(range(1, 27)), [2, 7, 1, 8, 2, 8]]
@@ -34,8 +37,9 @@ def test_greedy_answers_are_the_models() -> None:
     assert stats.finished["length"] == 5
 
 
+@pytest.mark.parametrize("drawn_by", DRAWN_BY)
 @pytest.mark.parametrize("batch", [1, 2, 8, 32])
-def test_i23_one_answer_whatever_the_batch(batch: int) -> None:
+def test_i23_one_answer_whatever_the_batch(batch: int, drawn_by: str) -> None:
     """Greedy and drawn, alone or among others, in chunks, after preemption and after a prefix hit."""
     asked = {
         "greedy": {"temperature": 0.0},
@@ -43,11 +47,12 @@ def test_i23_one_answer_whatever_the_batch(batch: int) -> None:
         "cut": {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "seed": 8},
         "penalised": {"temperature": 1.3, "frequency_penalty": 0.5, "repetition_penalty": 1.2, "seed": 9},
     }
+    toy = ToyExecutor(sampler=sampler(drawn_by))
     for name, params in asked.items():
         prompt = [5, 6, 7, 8, 9, 10, 11]
-        alone = Answers(engine(prefix_cache=False)).run(ask(name, prompt, max_tokens=20, **params)).tokens(name)
+        alone = Answers(engine(toy, prefix_cache=False)).run(ask(name, prompt, max_tokens=20, **params)).tokens(name)
         crowd = [ask(str(i), prompt[: i % 7 + 1], max_tokens=12, seed=i) for i in range(batch - 1)]
-        tight = engine(blocks=9 + batch // 8, step_tokens=9)
+        tight = engine(toy, blocks=9 + batch // 8, step_tokens=9)
         answers = Answers(tight).run(
             *crowd[: batch // 2], ask(name, prompt, max_tokens=20, **params), *crowd[batch // 2 :]
         )
@@ -105,8 +110,9 @@ def test_i8_one_token_and_special_tokens_only() -> None:
     assert answers.tokens("special") == toy.greedy([0, 0, 0], 8)
 
 
-def test_i9_a_poisoned_request_fails_alone() -> None:
-    toy = ToyExecutor(poison=frozenset({39}))
+@pytest.mark.parametrize("drawn_by", DRAWN_BY)
+def test_i9_a_poisoned_request_fails_alone(drawn_by: str) -> None:
+    toy = ToyExecutor(poison=frozenset({39}), sampler=sampler(drawn_by))
     poisoned = engine(toy, blocks=20)
     bad = [39, *range(1, 20)]
     answers = Answers(poisoned).run(ask("good", [1, 2, 3]), ask("bad", bad, n=2), ask("other", [4]))
@@ -121,6 +127,7 @@ def test_i9_a_poisoned_request_fails_alone() -> None:
     assert Answers(poisoned).run(ask("next", bad)).last("next").cached_tokens == 0
 
 
+@pytest.mark.parametrize("drawn_by", DRAWN_BY)
 @pytest.mark.parametrize(
     "params",
     [
@@ -144,8 +151,9 @@ def test_i9_a_poisoned_request_fails_alone() -> None:
         {"temperature": 1e-8, "top_k": 3, "top_p": 1e-9, "min_p": 1.0},
     ],
 )
-def test_i10_extremes_are_defined(params: dict[str, object]) -> None:
-    answers = Answers(engine()).run(ask("x", [1, 2], **{"temperature": 1.0, "seed": 1, "logprobs": 3, **params}))
+def test_i10_extremes_are_defined(params: dict[str, object], drawn_by: str) -> None:
+    asked = ask("x", [1, 2], **{"temperature": 1.0, "seed": 1, "logprobs": 3, **params})
+    answers = Answers(engine(ToyExecutor(sampler=sampler(drawn_by)))).run(asked)
     assert answers.last("x").finish_reason == "length"
     assert len(answers.tokens("x")) == 8
     entries = [entry for delta in answers.deltas["x", 0] for entry in delta.logprobs or []]
@@ -294,6 +302,46 @@ def test_a_step_that_raises_can_be_tried_again() -> None:
     assert answers.tokens("b") == toy.greedy([6] * 20, 8)
 
 
+class Failing:
+    """A sampler without memory whenever it is asked for the ``wrong``-th time."""
+
+    def __init__(self, wrong: int, error: Exception | None = None) -> None:
+        self.asked, self.wrong, self.error = 0, wrong, error or CapacityError("no memory to draw")
+
+    def draw(self, logits: torch.Tensor, draws: Draws) -> Tokens:
+        self.asked += 1
+        if self.asked == self.wrong:
+            raise self.error
+        best, token = logits[list(draws.rows)].max(dim=1)
+        many = best.tolist()
+        return Tokens(token=token.tolist(), best=many, left=many, whole=[0.0] * len(many), top=[[] for _ in many])
+
+
+@pytest.mark.parametrize("wrong", [1, 2])
+@pytest.mark.parametrize("error", [CapacityError, MemoryError, torch.OutOfMemoryError])
+def test_a_sampler_that_raises_ends_those_who_were_to_draw(wrong: int, error: type[Exception]) -> None:
+    toy = ToyExecutor()
+    toy.sampler = Failing(wrong, error("no memory to draw"))
+    shaken = engine(toy, blocks=12)
+    answers = Answers(shaken).run(ask("a", [1, 2, 3], n=2), ask("b", [6, 5]))
+    for name, choice in (("a", 0), ("a", 1), ("b", 0)):
+        last = answers.last(name, choice)
+        assert last.finish_reason == "error" and "no memory to draw" in str(last.error)
+    shaken.check()
+    after = Answers(shaken).run(ask("c", [1, 2, 3]))
+    assert after.tokens("c") == toy.greedy([1, 2, 3], 8)
+
+
+def test_a_sampler_that_raises_over_a_prompt_ends_its_request() -> None:
+    toy = ToyExecutor()
+    toy.sampler = Failing(1)
+    shaken = engine(toy, blocks=12)
+    answers = Answers(shaken).run(ask("a", [1, 2, 3], prompt_logprobs=0), ask("b", [6, 5]))
+    assert "no memory to draw" in str(answers.last("a").error)
+    assert answers.tokens("b") == toy.greedy([6, 5], 8)
+    shaken.check()
+
+
 def test_prefix_hits_are_told_and_can_be_forgotten() -> None:
     toy = ToyExecutor()
     small = engine(toy)
@@ -364,8 +412,9 @@ def test_stop_strings_over_token_borders() -> None:
     assert "".join(delta.text for delta in answers.deltas["begun", 0][:5]) == text[:5]
 
 
-def test_echo_and_prompt_logprobs() -> None:
-    toy = ToyExecutor()
+@pytest.mark.parametrize("drawn_by", DRAWN_BY)
+def test_echo_and_prompt_logprobs(drawn_by: str) -> None:
+    toy = ToyExecutor(sampler=sampler(drawn_by))
     small = engine(toy)
     prompt = [3, 1, 20, 27, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]
     Answers(small).run(ask("fill", prompt))
@@ -388,8 +437,9 @@ def test_echo_and_prompt_logprobs() -> None:
     assert (answers.text("score"), answers.tokens("score")) == ("cat defghijklmnopqr", [])
 
 
-def test_i9_a_poisoned_prompt_has_no_log_probabilities() -> None:
-    toy = ToyExecutor(poison=frozenset({39}))
+@pytest.mark.parametrize("drawn_by", DRAWN_BY)
+def test_i9_a_poisoned_prompt_has_no_log_probabilities(drawn_by: str) -> None:
+    toy = ToyExecutor(poison=frozenset({39}), sampler=sampler(drawn_by))
     answers = Answers(engine(toy)).run(
         ask("bad", [39, *range(1, 20)], max_tokens=0, prompt_logprobs=1), ask("good", [1, 2], max_tokens=2)
     )
@@ -526,3 +576,29 @@ def test_a_cache_without_a_block_is_refused() -> None:
     assert blocks_within([spec] * 2, "float32", 16, memory_bytes=10**9, most_tokens=100) == 7
     with pytest.raises(CapacityError, match=r"one block of 16 tokens takes 4\.00 KiB"):
         blocks_within([spec] * 2, "float32", 16, memory_bytes=4000, most_tokens=100)
+
+
+def test_guessing_rests_where_wider_steps_do_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine measures its steps itself; here a clock of our own says what a step with guesses takes."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    class Priced(ToyExecutor):
+        wider_s = 1.0
+
+        def run(self, batch, caches):  # type: ignore[no-untyped-def]
+            clock.now += self.wider_s if len(batch.token_ids) > 1 else 1.0
+            return super().run(batch, caches)
+
+    steps, texts = [], []
+    for wider_s in (1.0, 20.0):
+        toy = Priced(period=2)
+        toy.wider_s = wider_s
+        one = engine(toy, blocks=60, max_positions=200, speculate=True)
+        answers = Answers(one)
+        answers.run(ask("a", [1, 2, 3], max_tokens=180))
+        texts.append(answers.tokens("a"))
+        steps.append(one.stats.steps)
+        assert one.stats.drafted_tokens > 0
+    assert texts[0] == texts[1] == ToyExecutor(period=2).greedy([1, 2, 3], 180)
+    assert steps[1] > 2 * steps[0], "all guesses are right, and still do not pay"

@@ -10,8 +10,10 @@ import torch
 
 from tests.inference.reference import Runner, reference, reference_logits, relative_error, save
 from tests.inference.zoo import CASES, FUSED
-from trivium.inference import weights
+from tests.kernels.captures import Recorder
+from trivium.inference import LLM, SamplingParams, weights
 from trivium.kernels import registry
+from trivium.kernels.torch_executor import TorchExecutor
 from trivium.models.families import KNOWN
 
 PROMPTS = (1, 7, 129, 513)
@@ -20,7 +22,9 @@ TOLERANCE = 2e-5
 
 
 @pytest.fixture(scope="module", params=list(CASES))
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Runner]]:
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, dict[str, Runner], Path]:
     """transformers' model and ours on every backend, loaded from what it saved; every other one in several files."""
     import transformers
 
@@ -38,7 +42,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         backend: Runner(weights.load(folder, layout=registry.layout(backend)), backend=backend)
         for backend in registry.available()
     }
-    return model, runners
+    return model, runners, folder
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:
@@ -52,8 +56,8 @@ def test_every_family_has_a_case() -> None:
     assert tested == {family.name for family in KNOWN} - {"trivium"}
 
 
-def test_logits_at_every_position(pair: tuple[Any, dict[str, Runner]]) -> None:
-    model, runners = pair
+def test_logits_at_every_position(pair: tuple[Any, dict[str, Runner], Path]) -> None:
+    model, runners, _ = pair
     tokens = random_tokens(300)
     expected = reference_logits(model, tokens)
     assert float(expected.std()) > 0.05 * float(expected.abs().max())
@@ -64,15 +68,36 @@ def test_logits_at_every_position(pair: tuple[Any, dict[str, Runner]]) -> None:
         assert torch.equal(whole, chunked) or not runner.executor.batch_invariant
 
 
-def test_greedy_tokens(pair: tuple[Any, dict[str, Runner]]) -> None:
+def test_captured_decode_steps(pair: tuple[Any, dict[str, Runner], Path]) -> None:
+    """Token by token, each step replayed: what CUDA runs, on the CPU."""
+    model, runners, _ = pair
+    recorder, runner = Recorder(), Runner(runners["torch"].loaded, positions=112)
+    runner.executor = TorchExecutor(runner.loaded.program, capture=recorder)
+    tokens = random_tokens(60)
+    assert relative_error(runner.logits(tokens, chunk=1), reference_logits(model, tokens)) < TOLERANCE
+    assert (recorder.recorded, recorder.replayed) == (1, 60)
+
+
+def test_greedy_tokens(pair: tuple[Any, dict[str, Runner], Path]) -> None:
     """The reference, given our tokens, must choose each of them itself: then its own greedy text is the same."""
-    model, runners = pair
+    model, runners, _ = pair
     runner = next(iter(runners.values()))
     prompts = [random_tokens(count, seed=count) for count in PROMPTS]
     for prompt, found in zip(prompts, runner.greedy_batch(prompts, NEW), strict=True):
         chosen = reference_logits(model, prompt + found)[len(prompt) - 1 : -1].argmax(1).tolist()
         assert found == chosen
         assert len(found) == NEW
+
+
+def test_greedy_tokens_through_the_engine(pair: tuple[Any, dict[str, Runner], Path]) -> None:
+    """As a user asks: the folder, a prompt, nothing else."""
+    model, _, folder = pair
+    prompt = random_tokens(9)
+    llm = LLM(folder, threads=1, max_sequences=2)
+    (out,) = llm.generate(prompt, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
+    assert out.token_ids == reference_logits(model, prompt + out.token_ids)[len(prompt) - 1 : -1].argmax(1).tolist()
+    assert len(out.token_ids) == 8
+    llm.engine.check()
 
 
 def test_greedy_as_generate_does(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.inference.folders import folder
+from tests.inference.reference import reference, save
+from tests.inference.test_storage import LLAMA, int4_pair, mxfp4_pair
 from tests.worlds import child_environment
 
 ANSWER = """
@@ -22,13 +24,25 @@ class Refuse(MetaPathFinder):
 
 sys.meta_path.insert(0, Refuse())
 from trivium.inference import LLM, SamplingParams
-print(LLM(sys.argv[1], backend=sys.argv[2]).generate("hello", SamplingParams(max_tokens=3))[0].token_ids)
+llm = LLM(sys.argv[1], backend=sys.argv[2])
+prompt = llm.encode_chat([{"role": "user", "content": "hello"}]) if llm.tokenizer else [1, 2, 3]
+print(llm.generate(prompt, SamplingParams(max_tokens=3))[0].token_ids)
 """
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_an_answer_needs_neither_transformers_nor_the_compiler(tmp_path: Path, backend: str) -> None:
-    model = folder(tmp_path / "run").parent
+@pytest.mark.parametrize(
+    ("backend", "kind"), [("auto", "own"), ("torch", "own"), ("auto", "llama"), ("auto", "gptq"), ("auto", "mxfp4")]
+)
+def test_an_answer_needs_neither_transformers_nor_the_compiler(tmp_path: Path, backend: str, kind: str) -> None:
+    model = tmp_path
+    if kind == "own":
+        model = folder(tmp_path / "run").parent
+    elif kind == "llama":
+        save(reference("Llama", LLAMA), tmp_path)
+    elif kind == "gptq":
+        int4_pair(tmp_path, "gptq")
+    else:
+        mxfp4_pair(tmp_path)
     ran = subprocess.run(
         [sys.executable, "-c", ANSWER, str(model), backend],
         env=child_environment({}), capture_output=True, text=True, timeout=240,

@@ -143,6 +143,7 @@ requests = st.lists(
 )
 @example([([1] * 14, 10, 3, 0, None)] * 6, 0, 1, 3, 1, True, True, None)
 @example([([1] * 14, 10, 3, 0, None)] * 6, 0, 1, 3, 1, True, True, 3)
+@example([([0], 1, 1, 0, None), ([0] * 5, 1, 1, 0, None)], 0, 1, 3, 1, True, False, 1)
 def test_any_mix_in_any_cache_that_holds_one_ends_with_the_right_tokens(
     asked, spare: int, size: int, most: int, extra: int, prefixes: bool, drafts: bool, window: int | None
 ) -> None:

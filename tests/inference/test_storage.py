@@ -46,15 +46,24 @@ def word(halves: list[int]) -> int:
 class Int4:
     """Random 4-bit weights [N, K] in groups: stored as GPTQ or AWQ does, and what they stand for."""
 
-    def __init__(self, rows: int, columns: int, *, seed: int, shuffled: bool = False, symmetric: bool = False) -> None:
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        *,
+        seed: int,
+        shuffled: bool = False,
+        symmetric: bool = False,
+        group: int = GROUP,
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        groups = columns // GROUP
+        groups = -(-columns // group)
         self.q = torch.randint(0, 16, (rows, columns), generator=generator)
         self.zeros = torch.randint(1, 16, (rows, groups), generator=generator)
         if symmetric:
             self.zeros[:] = 8
         self.scales = (torch.rand(rows, groups, generator=generator) * 0.02 + 0.02).half()
-        self.group_of = torch.arange(columns) // GROUP
+        self.group_of = torch.arange(columns) // group
         if shuffled:
             self.group_of = self.group_of[torch.randperm(columns, generator=generator)]
 
@@ -223,7 +232,7 @@ def test_mxfp4(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, float("inf"), float("nan")])
-@pytest.mark.parametrize("kind", ["gptq", "fp8"])
+@pytest.mark.parametrize("kind", ["gptq", "awq", "fp8"])
 def test_scales_that_are_none(kind: str, value: float, tmp_path: Path) -> None:
     """faults.md I21."""
 
@@ -232,8 +241,8 @@ def test_scales_that_are_none(kind: str, value: float, tmp_path: Path) -> None:
         tensors[scales][0, 1] = value
         return tensors
 
-    if kind == "gptq":
-        int4_pair(tmp_path, "gptq")
+    if kind in ("gptq", "awq"):
+        int4_pair(tmp_path, kind)
     else:
         model = reference("Llama", LLAMA)
         save(model, tmp_path)
@@ -242,6 +251,18 @@ def test_scales_that_are_none(kind: str, value: float, tmp_path: Path) -> None:
     told = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     rewrite(tmp_path, spoil, told)
     with pytest.raises(CheckpointError, match=r"down_proj\.(scales|weight_scale_inv): the scale at \[(0, 1|1, 0)\]"):
+        weights.load(tmp_path)
+
+
+def test_i21_an_mxfp4_scale_that_is_no_number(tmp_path: Path) -> None:
+    mxfp4_pair(tmp_path)
+
+    def spoil(tensors: Tensors) -> Tensors:
+        tensors[next(name for name in tensors if name.endswith("down_proj_scales"))][1, 0, 0] = 255
+        return tensors
+
+    rewrite(tmp_path, spoil, {"quant_method": "mxfp4"})
+    with pytest.raises(CheckpointError, match=r"down_proj_scales, expert 1: a scale is not a number"):
         weights.load(tmp_path)
 
 
@@ -291,4 +312,72 @@ def test_i21_numbers_of_another_kind_beside_packed_ones(part: str, dtype: torch.
     tensors[changed] = tensors[name].to(dtype)
     save_file(tensors, packed / "model.safetensors")
     with pytest.raises(CheckpointError, match=rf"{changed} is {dtype}"):
+        weights.load(packed)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_a_group_size_that_is_not_what_is_stored(kind: str, tmp_path: Path) -> None:
+    int4_pair(tmp_path, kind)
+    told = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    for wrong, words in ((64, "says 64"), (-1, "says (64|96)"), (16, "says 16"), (0, "expected"), ("32", "expected")):
+        rewrite(tmp_path, lambda tensors: tensors, {**told, "group_size": wrong})
+        with pytest.raises(
+            (CheckpointError, ConfigError), match=rf"(_proj\.scales .* 32 inputs.*|group_size=.*){words}"
+        ):
+            weights.load(tmp_path)
+    for right in (GROUP, None):
+        rewrite(tmp_path, lambda tensors: tensors, {**told, "group_size": right})
+        weights.load(tmp_path)
+
+
+def test_a_shorter_last_group_only_with_an_index(tmp_path: Path) -> None:
+    """192 inputs in groups of 128 have two groups, and so would 192 in groups of 96: only g_idx tells them apart."""
+    model = reference("Llama", {**LLAMA, "hidden_size": 128, "intermediate_size": 192, "head_dim": 32})
+    save(model, tmp_path)
+    state = model.state_dict()
+
+    def change(tensors: Tensors) -> Tensors:
+        for seed, name in enumerate(projections(tensors)):
+            made = Int4(*tensors.pop(name).shape, seed=seed, group=128)
+            tensors |= {name.replace("weight", part): tensor for part, tensor in made.gptq(second=False).items()}
+            state[name].copy_(made.meaning())
+        return tensors
+
+    def without_index(tensors: Tensors) -> Tensors:
+        return {name: tensor for name, tensor in tensors.items() if not name.endswith(".g_idx")}
+
+    told = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    rewrite(tmp_path, change, told)
+    tokens = random_tokens(60)
+    exact = Runner(weights.load(tmp_path, dtype="float32"))
+    assert relative_error(exact.logits(tokens), reference_logits(model, tokens)) < TOLERANCE
+    rewrite(tmp_path, without_index, told)
+    with pytest.raises(CheckpointError, match=r"down_proj\.scales has a row for every 96 inputs, .* says 128"):
+        weights.load(tmp_path)
+
+
+def test_equal_groups_need_no_index(tmp_path: Path) -> None:
+    model = int4_pair(tmp_path, "gptq")
+    told = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    rewrite(tmp_path, lambda tensors: {n: t for n, t in tensors.items() if not n.endswith(".g_idx")}, told)
+    tokens = random_tokens(60)
+    exact = Runner(weights.load(tmp_path, dtype="float32"))
+    assert relative_error(exact.logits(tokens), reference_logits(model, tokens)) < TOLERANCE
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("value", [0.0, float("inf"), float("nan")])
+def test_i21_scales_of_our_own_that_are_none(quantize: str, value: float, tmp_path: Path) -> None:
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    save(reference("Llama", LLAMA), plain)
+    tensors = load_file(plain / "model.safetensors")
+    tensors[projections(tensors)[0]][0] = 0.0  # a row of zeros has scales of zero, and may
+    save_file(tensors, plain / "model.safetensors")
+    write_quantized(plain, packed, quantize=quantize)
+    weights.load(packed)
+    tensors = load_file(packed / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(".scales") and ".down" in name)
+    tensors[name].flatten()[3] = value
+    save_file(tensors, packed / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{name}: the scale (at|of row) "):
         weights.load(packed)

@@ -17,8 +17,10 @@ from trivium.inference.thread import EngineThread, _Listener
 class Slow(ToyExecutor):
     """Takes its time, outside the interpreter's lock."""
 
+    step_s = 0.005
+
     def run(self, batch, caches):  # type: ignore[no-untyped-def]
-        time.sleep(0.005)
+        time.sleep(self.step_s)
         return super().run(batch, caches)
 
 
@@ -64,8 +66,9 @@ def test_answers_from_several_threads(thread: EngineThread) -> None:
     assert thread.idle and thread.stats.generated_tokens == 64
 
 
-def test_submit_refuses_what_is_wrong(thread: EngineThread) -> None:
+def test_submit_refuses_what_is_wrong(thread: EngineThread, monkeypatch: pytest.MonkeyPatch) -> None:
     box = Box()
+    monkeypatch.setattr(Slow, "step_s", 0.1)
     thread.submit(ask("a", [1], max_tokens=100), box)
     with pytest.raises(RequestError, match="being answered"):
         thread.submit(ask("a", [1]), box)
@@ -73,6 +76,7 @@ def test_submit_refuses_what_is_wrong(thread: EngineThread) -> None:
         thread.submit(ask("b", []), box)
     thread.cancel("a")
     assert box.wait() == ["abort"]
+    monkeypatch.undo()
     thread.submit(ask("a", [1], n=2), box)
     assert box.wait(2)[1:] == ["length", "length"]
 
@@ -103,11 +107,13 @@ def test_a_listener_that_raises_loses_its_request_alone(thread: EngineThread) ->
 
 
 def test_close_drains_then_aborts() -> None:
-    running = EngineThread(engine(Slow()))
+    toy = Slow()
+    toy.step_s = 0.02
+    running = EngineThread(engine(toy))
     short, long = Box(), Box()
     running.submit(ask("short", [1], max_tokens=3), short)
     running.submit(ask("long", [2], max_tokens=190), long)
-    running.close(drain_s=0.3)
+    running.close(drain_s=2.0)
     assert short.wait() == ["length"] and long.wait() == ["abort"]
     with pytest.raises(SetupError, match="the engine has stopped"):
         running.submit(ask("late", [1]), Box())
@@ -146,5 +152,7 @@ def test_work_between_steps(thread: EngineThread) -> None:
     with pytest.raises(ZeroDivisionError):
         thread.between_steps(lambda engine: 1 / 0)  # type: ignore[arg-type,return-value]
     before = thread.last_step_s
-    time.sleep(0.6)
-    assert thread.last_step_s > before, "an idle engine shows no sign of life"
+    deadline = time.monotonic() + 120
+    while thread.last_step_s <= before:
+        assert time.monotonic() < deadline, "an idle engine shows no sign of life"
+        time.sleep(0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from tests.inference.zoo import CASES
 from tests.worlds import ROOT, child_environment
 from trivium.base.errors import CheckpointError, ConfigError
 from trivium.cli.main import run
-from trivium.inference import weights
+from trivium.inference import LLM, SamplingParams, weights
+from trivium.inference.generation import generation_defaults
 from trivium.kernels.matrix import Matrix, unpack
 from trivium.models.families import KNOWN, Settings
 from trivium.models.tensors import tensors
@@ -120,6 +122,9 @@ def test_a_tied_head_that_is_stored_too(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": -4}}, "factor=-4"),
         ({"max_position_embeddings": 10**9}, "tables of 1000000000 positions would take 59.60 GiB: pass max_positions"),
+        ({"num_nextn_predict_layers": 10**9}, "num_nextn_predict_layers=1000000000 .*from 0 to 4096"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers=-1"),
+        ({"num_nextn_predict_layers": "x"}, "num_nextn_predict_layers=x"),
         ({"model_type": "mamba"}, "model_type='mamba': Trivium computes bloom, cohere"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "computes LlamaForCausalLM"),
     ],
@@ -142,11 +147,54 @@ def test_more_experts_than_any_model_has(tmp_path: Path) -> None:
         weights.load(folder)
 
 
-def test_code_of_the_folder_is_never_run(folder: Path) -> None:
-    configure(folder, auto_map={"AutoModelForCausalLM": "evil.Model"})
+def test_layers_behind_the_last_are_left_out(tmp_path: Path) -> None:
+    """deepseek_v3's extra prediction heads: the answer is that of the layers that count."""
+    name, config = CASES["deepseek_v3"]
+    model = reference(name, config)
+    folder = save(model, tmp_path)
+
+    def add(found: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in found if key.startswith("model.layers.2.")]:
+            found[key.replace("layers.2.", "layers.3.")] = found[key] + 1
+        found["model.layers.3.eh_proj.weight"] = torch.zeros(48, 96)
+
+    rewrite(folder, add)
+    configure(folder, num_nextn_predict_layers=0)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.3\."):
+        weights.load(folder)
+    configure(folder, num_nextn_predict_layers=1)
+    tokens = random_tokens(40)
+    assert relative_error(Runner(weights.load(folder)).logits(tokens), reference_logits(model, tokens)) < TOLERANCE
+
+
+def test_code_of_the_folder_is_never_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the model's nor the tokenizer's, though both name it and it lies on the path of imports."""
+    configure(folder, auto_map={"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"})
+    told = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
     (folder / "evil.py").write_text("import pathlib; pathlib.Path('ran').touch(); raise SystemExit")
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
     assert weights.load(folder).architecture.family == "llama"
-    assert not (folder / "ran").exists() and not Path("ran").exists()
+    assert len(LLM(folder, threads=1).generate([1, 2], SamplingParams(max_tokens=2, ignore_eos=True))[0].token_ids) == 2
+    assert not (folder / "ran").exists() and "evil" not in sys.modules
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool])
+@pytest.mark.parametrize(
+    "part", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"]
+)
+def test_i3_whole_numbers_where_floats_belong(part: str, dtype: torch.dtype, folder: Path) -> None:
+    rewrite(folder, lambda found: found.update({part: found[part].to(dtype)}))
+    with pytest.raises(CheckpointError, match=rf"(norm|up|embed)\.weight: stored as {str(dtype)[6:]}, expected floats"):
+        weights.load(folder)
+
+
+def test_i3_doubles_are_read_as_singles(folder: Path) -> None:
+    tokens = random_tokens(20)
+    wanted = Runner(weights.load(folder)).logits(tokens)
+    rewrite(folder, lambda found: found.update({name: tensor.double() for name, tensor in found.items()}))
+    assert torch.equal(Runner(weights.load(folder)).logits(tokens), wanted)
 
 
 @pytest.mark.parametrize("case", ["gpt2", "gemma3", "opt", "bloom"])
@@ -172,6 +220,7 @@ def test_what_else_a_folder_says(folder: Path) -> None:
     loaded = weights.load(folder, max_positions=50)
     assert loaded.generation.eos_token_ids == (7, 9)
     assert loaded.generation.top_p == 0.9
+    assert (loaded.generation.temperature, loaded.generation.top_k) == (1.0, 50), "that file says to draw, and not how"
     assert (loaded.tokenizer, loaded.chat_template) == (folder / "tokenizer.json", "hello")
     assert loaded.max_positions == 50
     with pytest.raises(ConfigError, match="max_positions=641: expected 1 to 640"):
@@ -179,6 +228,41 @@ def test_what_else_a_folder_says(folder: Path) -> None:
     (folder / "generation_config.json").write_text("[")
     with pytest.raises(CheckpointError, match=r"generation_config\.json: not valid JSON"):
         weights.load(folder)
+    (folder / "chat_template.jinja").write_bytes(b"ab\xff\xfe")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja is not UTF-8: .* at byte 2"):
+        weights.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({"do_sample": True}, {"temperature": 1.0, "top_k": 50}),
+        ({"do_sample": True, "top_k": None, "temperature": 0.5}, {"temperature": 0.5, "top_k": 50}),
+        ({"do_sample": True, "top_k": 0}, {"temperature": 1.0, "top_k": 0}),
+        ({"do_sample": False, "top_k": 7, "temperature": 0.5}, {"temperature": 0.0}),
+    ],
+)
+def test_a_file_that_says_to_draw_is_read_as_its_library_reads_it(
+    told: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(told))
+    assert generation_defaults(tmp_path, {}, None).recommended() == expected
+
+
+@pytest.mark.parametrize(
+    ("told", "what"),
+    [
+        ({"do_sample": True, "top_k": "20"}, "top_k='20': expected a whole number"),
+        ({"do_sample": True, "top_k": 20.5}, "top_k='20.5': expected a whole number"),
+        ({"do_sample": True, "temperature": "hot"}, "temperature='hot': expected a number"),
+        ({"do_sample": True, "top_p": [0.9]}, "top_p='[0.9]': expected a number"),
+        ({"repetition_penalty": True}, "repetition_penalty='True': expected a number"),
+    ],
+)
+def test_a_file_that_says_what_cannot_be_is_named(told: dict[str, Any], what: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path}/generation_config.json: {what}")):
+        generation_defaults(tmp_path, {}, None)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -8,16 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 
+from tests.kernels.steps import sampler as native_sampler
+from tests.kernels.steps import variants
 from trivium.inference.cache import PagedCache
 from trivium.inference.engine import Engine, EngineConfig
 from trivium.inference.request import Delta, Request, SamplingParams
+from trivium.kernels.draws import Sampler
 from trivium.kernels.program import Batch, Cache, CacheSpec, Output
 
 SPEC = CacheSpec(kv_heads=1, head_dim=1, value_dim=0)
 VOCABULARY = 40
 _ROWS = 997
+
+
+# What may draw: numpy, and the native kernels where they are.
+DRAWN_BY = [pytest.param("numpy"), *(pytest.param(name, id="native") for name in variants()[:1])]
+
+
+def sampler(drawn_by: str) -> Sampler | None:
+    """One of `DRAWN_BY`, on two threads."""
+    return None if drawn_by == "numpy" else native_sampler(drawn_by, 2)
 
 
 class ToyExecutor:
@@ -29,7 +42,9 @@ class ToyExecutor:
     name = "toy"
     batch_invariant = True
 
-    def __init__(self, *, vocabulary: int = VOCABULARY, poison: frozenset[int] = frozenset(), period: int = 0) -> None:
+    def __init__(self, *, vocabulary: int = VOCABULARY, poison: frozenset[int] = frozenset(), period: int = 0,
+                 sampler: Sampler | None = None) -> None:  # fmt: skip
+        self.sampler = sampler
         self.vocabulary = vocabulary
         self.poison = poison
         self.period = period

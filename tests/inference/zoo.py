@@ -115,6 +115,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("Cohere", {**BASE, "logit_scale": 0.3}),
     "cohere-normed": ("Cohere", {**BASE, "use_qk_norm": True, "tie_word_embeddings": False}),
     "gpt2": ("GPT2", {**GPT, "n_inner": 100}),
+    "gpt2-odd": ("GPT2", {**GPT, "n_embd": 45, "n_head": 3}),
     "gpt2-by-layer": ("GPT2", {**GPT, "scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False}),
     "gptj": ("GPTJ", {**GPT, "rotary_dim": 6}),
     "gpt_neox": (
@@ -131,6 +132,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "opt": ("OPT", {**BASE, "ffn_dim": 90, "word_embed_proj_dim": 48}),
+    "opt-odd": ("OPT", {**BASE, "hidden_size": 52, "ffn_dim": 90, "word_embed_proj_dim": 52}),
     "opt-350m": ("OPT", {**BASE, "ffn_dim": 90, "word_embed_proj_dim": 20, "do_layer_norm_before": False}),
     "bloom": ("Bloom", {"vocab_size": 97, "hidden_size": 60, "n_head": 6, "n_layer": 2}),
     "bloom-after-norm": (
@@ -183,5 +185,5 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # Cases saved in the library's own layout: all experts of a layer in one tensor.
-FUSED = ("mixtral-fused", "qwen3_moe-fused")
-CASES.update({"mixtral-fused": CASES["mixtral"], "qwen3_moe-fused": CASES["qwen3_moe"]})
+FUSED = tuple(f"{name}-fused" for name in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"))
+CASES.update({name: CASES[name.removesuffix("-fused")] for name in FUSED})

@@ -1,7 +1,8 @@
 """Draw one token from one row of logits: temperature, top-k, top-p, min-p, and a number between 0 and 1.
 
-V vocabulary, C candidates, likeliest first and equal ones in the order of their ids. In numpy: a row is small, and its
-result depends on nothing but the row, its settings and that number.
+V vocabulary, C candidates, likeliest first and equal ones in the order of their ids. In numpy: the
+reference of the native kernel (`kernels/native/row_draw.h`), and what runs where there is none. The result depends on
+nothing but the row, its settings and that number.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ def draw(logits_V: npt.NDArray[np.float32], params: SamplingParams, uniform: flo
     Logits of minus infinity are never drawn; at least one must be finite. Defined at any temperature above 0: the best
     token's weight is 1 whatever it is divided by.
     """
-    heat = np.float32(min(max(params.temperature, 1 / LARGEST), LARGEST))
+    divisor = np.float32(heat(params.temperature))
     if params.top_k <= 0 and params.top_p >= 1.0:
-        return _draw_whole(_weights(logits_V, logits_V.max(), heat), params.min_p, uniform)
-    ids_C, weights_C, whole = _candidates(logits_V, heat, params)
+        return _draw_whole(_weights(logits_V, logits_V.max(), divisor), params.min_p, uniform)
+    ids_C, weights_C, whole = _candidates(logits_V, divisor, params)
     running_C = np.cumsum(weights_C, dtype=np.float64)
     keep = len(ids_C)
     if params.top_p < 1.0:
@@ -38,6 +39,11 @@ def draw(logits_V: npt.NDArray[np.float32], params: SamplingParams, uniform: flo
     if params.min_p > 0.0:
         keep = min(keep, max(1, int(np.count_nonzero(weights_C >= params.min_p))))
     return int(ids_C[_place(running_C[:keep], uniform)])
+
+
+def heat(temperature: float) -> float:
+    """What logits are divided by: in the range of fp32."""
+    return min(max(temperature, 1 / LARGEST), LARGEST)
 
 
 def best_of(logits_V: npt.NDArray[np.float32], count: int) -> Ids:

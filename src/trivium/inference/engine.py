@@ -11,20 +11,22 @@ from dataclasses import dataclass
 
 import torch
 
-from trivium.base.errors import ConfigError
+from trivium.base.errors import ConfigError, TriviumError
 from trivium.inference.admission import checked
 from trivium.inference.batch import BatchBuilder, Rows
 from trivium.inference.blocks import BlockError, BlockPool
 from trivium.inference.cache import PagedCache
 from trivium.inference.choice import Choice, new_choice
 from trivium.inference.request import Delta, Request, RequestError
-from trivium.inference.sampler import Draw, Drawn, logprobs_of, sample
-from trivium.inference.scheduler import Piece, Scheduler, Sequence
+from trivium.inference.sampler import Draw, Drawn, logprobs, sample
+from trivium.inference.scheduler import Piece, Scheduler, Sequence, check_budget
 from trivium.inference.speculate import Guesser, StepCost
 from trivium.inference.stats import Counters, EngineStats
 from trivium.inference.stream import Decoder
 from trivium.kernels.executor import Executor
 from trivium.kernels.program import Output
+
+_FAILS_TO_DRAW = (TriviumError, MemoryError, RuntimeError)  # of the sampler, of numpy, of torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,9 @@ class EngineConfig:
     step_tokens: int = 256
     prefix_cache: bool = True
     speculate: bool | None = False
+
+    def __post_init__(self) -> None:
+        check_budget(self.max_sequences, self.step_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +180,8 @@ class Engine:
     def step(self) -> list[Delta]:
         """One step; what it added to whom. Empty when idle, and in steps that only read prompts.
 
-        When the executor raises, nothing has changed: the step can be tried again, or the requests cancelled.
+        When the executor's run raises, nothing has changed: the step can be tried again, or the requests cancelled.
+        What its sampler raises ends the requests that were to draw, with that error.
         """
         started = time.perf_counter()
         plan = self._scheduler.schedule()
@@ -190,7 +196,8 @@ class Engine:
         for run in runs:
             self._finish(run, deltas)
         self._counters.steps += 1
-        if self._speculate and all(piece.count == 1 and piece.last for piece in plan.pieces):
+        timed = self._speculate and not any(run.output.recorded for run in runs)
+        if timed and all(piece.count == 1 and piece.last for piece in plan.pieces):
             guessing = any(piece.drafts for piece in plan.pieces)
             self._cost.observe((time.perf_counter() - started) / len(plan.pieces), guessing=guessing)
         return deltas
@@ -278,8 +285,10 @@ class Engine:
     def _sample(self, logits_RV: torch.Tensor, at: list[int], draws: list[Draw]) -> list[Drawn]:
         if not draws:
             return []
-        whole = len(at) == logits_RV.shape[0] and all(row == place for place, row in enumerate(at))
-        return sample(logits_RV if whole else logits_RV[at], draws)
+        try:
+            return sample(logits_RV, draws, at=at, sampler=self.executor.sampler)
+        except _FAILS_TO_DRAW as error:
+            return [Drawn(0, f"no token could be drawn: {error}")] * len(draws)
 
     def _advance(self, choice: Choice, piece: Piece, drawn: list[Drawn], deltas: list[Delta]) -> None:
         """One choice after its newest token was computed: right drafts and one more token, or its end."""
@@ -356,11 +365,12 @@ class Engine:
             ]
             if targets:
                 wanted = output.logits[rows.first : rows.first + len(targets)]
-                count = request.params.prompt_logprobs
-                if not bool(torch.isfinite(wanted.amax(dim=1)).all()):
+                try:
+                    found = logprobs(wanted, targets, request.params.prompt_logprobs, self.executor.sampler)
+                except _FAILS_TO_DRAW as error:
+                    choice.fault = f"the prompt's log-probabilities could not be computed: {error}"
+                    return
+                if found is None:
                     choice.fault = "the model's logits are not finite for this request's prompt"
                     return
-                rows_V = wanted.cpu().numpy()
-                choice.prompt_logprobs += [
-                    logprobs_of(row_V, token, count) for row_V, token in zip(rows_V, targets, strict=True)
-                ]
+                choice.prompt_logprobs += found

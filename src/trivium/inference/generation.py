@@ -13,6 +13,7 @@ from typing import Any
 
 from trivium.base.errors import CheckpointError
 
+_SAMPLING = "generation_config.json"
 _MOST_BYTES = 1 << 20
 _MOST_TOKENIZER_BYTES = 256 << 20
 
@@ -29,6 +30,12 @@ class GenerationDefaults:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+
+    def recommended(self) -> dict[str, Any]:
+        """Fields of `SamplingParams`; the likeliest token where the folder says nothing."""
+        names = ("top_k", "top_p", "min_p", "repetition_penalty")
+        found = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {"temperature": 0.0 if self.temperature is None else self.temperature, **found}
 
 
 def read_json(path: Path, most_bytes: int = _MOST_BYTES) -> dict[str, Any] | None:
@@ -65,7 +72,10 @@ def chat_template_of(folder: Path) -> str | None:
     if path.is_file():
         if path.stat().st_size > _MOST_BYTES:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes: at most {_MOST_BYTES} are read")
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
     for name in ("tokenizer_config.json", "chat_template.json"):
         found = (read_json(folder / name, 16 * _MOST_BYTES) or {}).get("chat_template")
         if isinstance(found, list):
@@ -78,22 +88,23 @@ def chat_template_of(folder: Path) -> str | None:
 
 def generation_defaults(folder: Path, config: Mapping[str, Any], tokenizer: Path | None) -> GenerationDefaults:
     """From generation_config.json, then config.json, then the tokenizer's own end-of-text token."""
-    told = read_json(folder / "generation_config.json") or {}
+    told = read_json(folder / _SAMPLING) or {}
     ends = _ids(folder, told.get("eos_token_id")) or _ids(folder, config.get("eos_token_id"))
     if not ends and tokenizer is not None:
         ends = _tokenizer_eos(tokenizer)
     begin = _ids(folder, told.get("bos_token_id")) or _ids(folder, config.get("bos_token_id"))
     pad = _ids(folder, told.get("pad_token_id")) or _ids(folder, config.get("pad_token_id"))
+    # Where the file says to draw, transformers takes temperature 1 and the 50 likeliest tokens where it says no other.
     samples = told.get("do_sample") is True
     return GenerationDefaults(
         eos_token_ids=ends,
         bos_token_id=begin[0] if begin else None,
         pad_token_id=pad[0] if pad else None,
-        temperature=_number(told, "temperature") if samples else None,
-        top_k=_whole(told, "top_k") if samples else None,
-        top_p=_number(told, "top_p") if samples else None,
-        min_p=_number(told, "min_p") if samples else None,
-        repetition_penalty=_number(told, "repetition_penalty"),
+        temperature=_number(folder, told, "temperature", 1.0) if samples else None,
+        top_k=_whole(folder, told, "top_k", 50) if samples else None,
+        top_p=_number(folder, told, "top_p") if samples else None,
+        min_p=_number(folder, told, "min_p") if samples else None,
+        repetition_penalty=_number(folder, told, "repetition_penalty"),
     )
 
 
@@ -106,14 +117,22 @@ def _ids(folder: Path, found: Any) -> tuple[int, ...]:
     return tuple(item for item in items if item >= 0)
 
 
-def _number(told: Mapping[str, Any], key: str) -> float | None:
+def _number(folder: Path, told: Mapping[str, Any], key: str, default: float | None = None) -> float | None:
     found = told.get(key)
-    return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else None
+    if found is None:
+        return default
+    if isinstance(found, bool) or not isinstance(found, (int, float)):
+        raise CheckpointError(f"{folder / _SAMPLING}: {key}={str(found)[:100]!r}: expected a number")
+    return float(found)
 
 
-def _whole(told: Mapping[str, Any], key: str) -> int | None:
+def _whole(folder: Path, told: Mapping[str, Any], key: str, default: int) -> int:
     found = told.get(key)
-    return found if type(found) is int else None
+    if found is None:
+        return default
+    if type(found) is not int:
+        raise CheckpointError(f"{folder / _SAMPLING}: {key}={str(found)[:100]!r}: expected a whole number")
+    return found
 
 
 def _tokenizer_eos(tokenizer: Path) -> tuple[int, ...]:

@@ -9,14 +9,15 @@ import itertools
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from trivium.base import log
 from trivium.base.errors import ConfigError, NonFiniteError, SetupError, TriviumError
-from trivium.base.units import parse_bytes
-from trivium.inference.arguments import Prompt, device_of, experts_of, many
+from trivium.inference.arguments import Prompt, check_options, device_of, experts_of, many, memory_bytes, params_of
 from trivium.inference.cache import CacheDtype, PagedCache, check_dtype
 from trivium.inference.engine import Engine, EngineConfig
 from trivium.inference.module import load_module
@@ -29,7 +30,7 @@ from trivium.inference.stats import EngineStats
 from trivium.inference.thread import EngineThread
 from trivium.inference.tokenizer import Tokenizer
 from trivium.inference.weights import DType, load
-from trivium.kernels.registry import executor, layout
+from trivium.kernels.registry import executor, layout, lost
 from trivium.memory.meter import Meter
 
 Pooling = Literal["mean", "last"]
@@ -74,6 +75,12 @@ class LLM:
     ) -> None:
         if place is not None or mesh is not None:
             raise ConfigError("place and mesh: this version runs a model whole on one device; leave them out")
+        check_options(speculate, threads=threads, max_positions=max_positions, max_sequences=max_sequences,
+                      step_tokens=step_tokens, block_size=block_size)  # fmt: skip
+        limit = memory_bytes(memory)
+        config = EngineConfig(
+            max_sequences=max_sequences, step_tokens=step_tokens, prefix_cache=prefix_cache, speculate=speculate
+        )
         self.device = device_of(device)
         self._backend, self._threads = backend, threads
         form = layout(backend) if self.device == "cpu" else "plain"
@@ -87,10 +94,9 @@ class LLM:
         self.meter = Meter()
         self.weight_bytes = program_bytes(self.model.program)
         self.meter.add("weights", self.weight_bytes, "host" if self.device == "cpu" else "device")
-        config = EngineConfig(
-            max_sequences=max_sequences, step_tokens=step_tokens, prefix_cache=prefix_cache, speculate=speculate
-        )
-        self.engine = self._build(config, memory, cache_dtype, block_size)
+        self.engine = self._build(config, limit, cache_dtype, block_size)
+        if backend == "auto" and self.device == "cpu" and (told := lost()):
+            log.get().warning("%s", told)
         self._lock = threading.RLock()
         self._inboxes: dict[str, queue.SimpleQueue[Delta]] = {}
         self._numbers = itertools.count()
@@ -118,16 +124,11 @@ class LLM:
 
     def sampling(self, **changes: Any) -> SamplingParams:
         """What the model's folder recommends (the likeliest token where it says nothing), with ``changes``."""
-        told = self.model.generation
-        found: dict[str, Any] = {"temperature": 0.0 if told.temperature is None else told.temperature}
-        for name in ("top_k", "top_p", "min_p", "repetition_penalty"):
-            if getattr(told, name) is not None:
-                found[name] = getattr(told, name)
-        return SamplingParams(**{**found, **changes})
+        return SamplingParams(**{**self.model.generation.recommended(), **changes})
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, with what the model expects at its beginning. Text needs a tokenizer."""
-        if not isinstance(prompt, (str, Sequence)):
+        if not isinstance(prompt, (str, Sequence)) or isinstance(prompt, (bytes, bytearray)):
             raise RequestError(f"a prompt is a {type(prompt).__name__}: expected text or token ids", param="prompt")
         if not isinstance(prompt, str):
             return list(prompt)
@@ -154,14 +155,12 @@ class LLM:
             RequestError: a prompt or setting that cannot be served; nothing was computed.
         """
         tokens = [self.encode(prompt) for prompt in many(prompts)]
-        settings = list(params) if isinstance(params, Sequence) else [params or self.sampling()] * len(tokens)
-        if len(settings) != len(tokens):
-            raise ConfigError(f"{len(settings)} sampling params for {len(tokens)} prompts: give one, or one each")
+        settings = params_of(params, len(tokens), self.sampling)
         return self._answer([self._request(prompt, one) for prompt, one in zip(tokens, settings, strict=True)])
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """The answer's deltas as they come. Closing the iterator ends the request."""
-        return self._deltas([self._request(prompt, params or self.sampling())])
+        return self._deltas([self._request(prompt, params_of(params, 1, self.sampling)[0])])
 
     def generate_each(self, asked: Iterable[tuple[Prompt, SamplingParams | None]]) -> Iterator[tuple[int, Output]]:
         """Answer any number of prompts, read as they are needed: (index, output) of each as it ends.
@@ -180,7 +179,7 @@ class LLM:
                         break
                     output = Output(prompt_token_ids=[], choices=[Answer()])
                     try:
-                        request = self._request(prompt, params or self.sampling())
+                        request = self._request(prompt, params_of(params, 1, self.sampling)[0])
                         self._submit([request], inbox, thread)
                     except (TriviumError, UnicodeError) as error:
                         output.choices = [Answer(finish_reason="error", error=str(error))]
@@ -240,11 +239,10 @@ class LLM:
         def swap(engine: Engine) -> None:
             nonlocal used
             engine.forget_prefixes()
-            used = replace_weights(self.model, weights)
-            if self.device != "cpu":
-                engine.executor = executor(
-                    self.model.program, backend=self._backend, threads=self._threads, device=self.device
-                )
+            try:
+                used = replace_weights(self.model, weights)
+            finally:  # an error says what was replaced before it
+                engine.executor.refresh()
 
         if self._thread is not None:
             self._thread.between_steps(swap)
@@ -262,30 +260,31 @@ class LLM:
                 self._thread = EngineThread(self.engine)
             return self._thread
 
-    def _build(self, config: EngineConfig, memory: int | str | None, cache_dtype: str, block_size: int) -> Engine:
-        model, program = self.model, self.model.program
+    def _build(self, config: EngineConfig, memory: int | None, cache_dtype: str, block_size: int) -> Engine:
+        model, program, device = self.model, self.model.program, self.device
         plain = model.dtype == torch.float32 and model.quantize is None
         entries = check_dtype(("float32" if plain else "bfloat16") if cache_dtype == "auto" else cache_dtype)
-        blocks = cache_blocks(
+        sized = partial(
+            cache_blocks,
             program.caches,
             dtype=entries,
             weight_bytes=self.weight_bytes,
-            memory_bytes=None if memory is None else parse_bytes(memory),
+            memory_bytes=memory,
             max_sequences=config.max_sequences,
             max_positions=model.max_positions,
             step_tokens=config.step_tokens,
-            device=self.device,
+            device=device,
             block_size=block_size,
         )
+        blocks = 0 if memory is None else sized()  # what does not fit is told before anything is copied to the device
+        bound = executor(
+            program, backend=self._backend, threads=self._threads, device=device, max_sequences=config.max_sequences
+        )
+        blocks = blocks or sized()  # of the memory that is free once the weights are on their device
         return Engine(
-            executor(program, backend=self._backend, threads=self._threads, device=self.device),
+            bound,
             PagedCache(
-                program.caches,
-                num_blocks=blocks,
-                block_size=block_size,
-                dtype=entries,
-                device=self.device,
-                meter=self.meter,
+                program.caches, num_blocks=blocks, block_size=block_size, dtype=entries, device=device, meter=self.meter
             ),
             vocabulary=program.logits.width,
             max_positions=model.max_positions,

@@ -48,7 +48,7 @@ class ModuleSource:
         tensor = self._tensors[name].detach()
         return (tensor if expert is None else tensor[expert]).to("cpu", copy=True)
 
-    def packed(self, name: str, expert: int | None = None) -> Matrix | None:
+    def packed(self, name: str, expert: int | None = None, *, outline: bool = False) -> Matrix | None:
         """Nothing is quantised here."""
         return None
 
@@ -112,4 +112,4 @@ def _described(module: torch.nn.Module) -> tuple[Family, Any]:
 def _generation(module: torch.nn.Module) -> GenerationDefaults:
     ends = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
     ids = ends if isinstance(ends, list) else [ends]
-    return GenerationDefaults(eos_token_ids=tuple(token for token in ids if isinstance(token, int)))
+    return GenerationDefaults(eos_token_ids=tuple(token for token in ids if type(token) is int and token >= 0))

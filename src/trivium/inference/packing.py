@@ -42,13 +42,14 @@ class Readable(Protocol):
         """One as floats."""
 
 
-def _precise(name: str) -> bool:
+def precise(name: str) -> bool:
+    """Whether a matrix is always fp32, however the rest is stored."""
     return name.endswith(_PRECISE) or name.startswith("identity.")
 
 
 def format_of(name: str, dtype: torch.dtype, quantize: Quantize) -> tuple[Format, int]:
     """Format and group of the matrix called ``name``; the head stays at 8 bits where the rest has 4."""
-    if _precise(name):
+    if precise(name):
         return "float32", 0
     if quantize is None:
         return _NAMES[dtype], 0
@@ -77,6 +78,8 @@ class Packer:
     def get(self, name: str) -> torch.Tensor:
         """The canonical tensor; tables come in the dtype of unquantised weights."""
         tensor = self._opened.get(name)
+        if not tensor.dtype.is_floating_point:
+            raise CheckpointError(f"{name}: stored as {str(tensor.dtype).removeprefix('torch.')}, expected floats")
         self._read.append(name)
         if name in ("embed.weight", "embed_in.weight", "positions.weight"):
             tensor = tensor.to(self._dtype)
@@ -86,7 +89,7 @@ class Packer:
         """``weight`` as the kernel reads it."""
         pieces, self._read = self._read, []
         format, group = format_of(name, self._dtype, self._quantize)
-        matrix = None if _precise(name) else self._stored(pieces, weight, format)
+        matrix = None if precise(name) else self._stored(pieces, weight, format)
         if matrix is None:
             try:
                 matrix = pack(weight, format, group=group)
@@ -112,28 +115,35 @@ class Packer:
 
     def _stored(self, pieces: list[str], weight: torch.Tensor, format: Format) -> Matrix | None:
         """The stored whole numbers and scales of ``pieces``, where they are exactly ``weight`` in the right format."""
-        source = self._opened.source
-        found: list[Matrix] = []
-        for piece in reversed(pieces):  # a weight's parts are what was read last
-            part = self._opened.parts.get(piece)
-            matrix = None if part is None else source.packed(part.name, part.expert)
-            if part is None or matrix is None:
-                return None
-            found.insert(0, _rows(matrix, part))
-            if sum(one.rows for one in found) >= weight.shape[0]:
-                break
-        if not found:
-            return None
-        first = found[0]
-        kept = first.format == format or (self._quantize is None and self._keep_packed)
-        if not kept or any((one.format, one.group) != (first.format, first.group) for one in found):
-            return None
-        if any((one.zeros is None) != (first.zeros is None) for one in found):
-            return None
-        joined = below(found)
+        kept = self._quantize is None and self._keep_packed
+        joined = stored(self._opened, pieces, weight, None if kept else format)
         # A weight that was turned or cut since is not these rows any more.
-        same = tuple(weight.shape) == (joined.rows, joined.columns) and torch.equal(unpack(joined), weight.float())
-        return joined if same else None
+        return joined if joined is not None and torch.equal(unpack(joined), weight.float()) else None
+
+
+def stored(
+    opened: Readable, pieces: list[str], weight: torch.Tensor, format: Format | None, *, outline: bool = False
+) -> Matrix | None:
+    """What is stored packed of the last ``pieces`` that were read, as one matrix of ``weight``'s shape.
+
+    None where they are not stored so, or not in ``format`` (None: in any), or in different ways. ``outline``: without
+    numbers, on the meta device, for who only counts bytes.
+    """
+    found: list[Matrix] = []
+    for piece in reversed(pieces):  # a weight's parts are what was read last
+        part = opened.parts.get(piece)
+        matrix = None if part is None else opened.source.packed(part.name, part.expert, outline=outline)
+        if part is None or matrix is None:
+            return None
+        found.insert(0, _rows(matrix, part))
+        if sum(one.rows for one in found) >= weight.shape[0]:
+            break
+    if not found or (format is not None and found[0].format != format):
+        return None
+    if len({(one.format, one.group, one.zeros is None) for one in found}) > 1:
+        return None
+    joined = below(found)
+    return joined if tuple(weight.shape) == (joined.rows, joined.columns) else None
 
 
 def _rows(matrix: Matrix, part: Part) -> Matrix:

@@ -86,7 +86,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _texts(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(_whole("stop_token_ids", t, 0) for t in self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", _tokens(self.stop_token_ids))
+        for name in ("ignore_eos", "echo", "include_stop", "truncate_prompt"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name}={_shown(getattr(self, name))}: expected True or False", param=name)
         if self.max_tokens is not None:
             _whole("max_tokens", self.max_tokens, 0)
         _whole("min_tokens", self.min_tokens, 0)
@@ -105,6 +108,9 @@ class SamplingParams:
         if _number("repetition_penalty", self.repetition_penalty, 0.0, None) == 0.0:
             raise RequestError("repetition_penalty=0: expected more than 0; 1 leaves tokens as they are",
                                param="repetition_penalty")  # fmt: skip
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError(f"logit_bias={_shown(self.logit_bias)}: expected token ids, each with a number",
+                               param="logit_bias")  # fmt: skip
         bias = {_whole("logit_bias", token, 0): _number("logit_bias", value, None, None)
                 for token, value in self.logit_bias.items()}  # fmt: skip
         object.__setattr__(self, "logit_bias", bias)
@@ -201,6 +207,12 @@ def _texts(stop: object) -> tuple[str, ...]:
     if texts is None or not all(isinstance(text, str) and text for text in texts):
         raise RequestError(f"stop={stop!r}: expected texts of at least one character", param="stop")
     return texts
+
+
+def _tokens(ids: object) -> tuple[int, ...]:
+    if not isinstance(ids, (list, tuple, set, frozenset, range)):
+        raise RequestError(f"stop_token_ids={_shown(ids)}: expected a list of token ids", param="stop_token_ids")
+    return tuple(_whole("stop_token_ids", token, 0) for token in ids)
 
 
 def _whole(name: str, value: object, low: int | None) -> int:

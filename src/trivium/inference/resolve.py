@@ -17,6 +17,7 @@ from trivium.models.families import Family, Part
 from trivium.models.tensors import tensors
 
 _MOST_EXPERTS = 1 << 18
+_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -61,14 +62,13 @@ def _check_leftovers(
 ) -> None:
     patterns = [re.compile(text) for text in family.dropped]
     count = len(model.layers)
-    spare = {f"model.layers.{layer}." for layer in range(count, count + spare_layers)}
     left = [
         f"{name} {list(shape)}"
         for name, shape in stored.items()
         if name not in used
         and not (model.tied and name == family.head)
         and not any(pattern.fullmatch(name) for pattern in patterns)
-        and not any(name.startswith(start) for start in spare)
+        and not count <= _layer(name) < count + spare_layers
     ]
     if left:
         raise table(
@@ -76,3 +76,9 @@ def _check_leftovers(
             f"{len(left)} tensors that the {family.name} family does not have, so the model would not be what it was",
             left,
         )
+
+
+def _layer(name: str) -> int:
+    """The number in ``model.layers.N.…``; −1 where there is none."""
+    found = _LAYER.match(name)
+    return int(found[1]) if found else -1

@@ -100,6 +100,13 @@ class Plan:
         return sum(piece.count + len(piece.drafts) for piece in self.pieces)
 
 
+def check_budget(max_sequences: int, step_tokens: int) -> None:
+    """Raises ConfigError where sequences that run would leave no room in a step for a piece of a prompt."""
+    if not 0 < max_sequences < step_tokens:
+        given = f"max_sequences={max_sequences} and step_tokens={step_tokens}"
+        raise ConfigError(f"{given}: expected 0 < max_sequences < step_tokens, so that every step can take a prompt on")
+
+
 class Scheduler:
     """Owns the block pool and the queues; whoever runs the model calls `schedule`, then `advance` for each piece."""
 
@@ -112,18 +119,11 @@ class Scheduler:
         prefix_cache: bool = True,
         window: int | None = None,
     ) -> None:
-        """At most ``max_sequences`` run at once, with ``step_tokens`` tokens in a step.
+        """At most ``max_sequences`` run at once, ``step_tokens`` tokens in a step. Raises as `check_budget` does.
 
         ``window``: no layer reads further back, so that blocks behind it are given back.
-
-        Raises:
-            ConfigError: no budget would be left for a prompt.
         """
-        if not 0 < max_sequences < step_tokens:
-            raise ConfigError(
-                f"max_sequences={max_sequences} and step_tokens={step_tokens}: expected 0 < max_sequences < "
-                "step_tokens, so that every step has room for a piece of a prompt"
-            )
+        check_budget(max_sequences, step_tokens)
         self.pool = pool
         self.max_sequences = max_sequences
         self.step_tokens = step_tokens
@@ -344,7 +344,7 @@ class Scheduler:
         sequence.num_published = len(hits)
         sequence.num_computed = len(hits) * self.pool.block_size
         if sequence.preemptions == 0:
-            sequence.num_cached = sequence.num_computed
+            sequence.num_cached = sequence.num_computed if found else 0
         sequence.state = State.RUNNING
         self.waiting.pop(0)
         self.running.append(sequence)
@@ -352,13 +352,13 @@ class Scheduler:
         return True
 
     def _hits(self, sequence: Sequence) -> list[int]:
-        """Known blocks of its tokens; at least the last token is left to compute, and all whose rows are wanted."""
+        """Known blocks, as far back as a window reads; the last token and those whose rows are wanted are computed."""
         if not self.prefix_cache:
             return []
         last = len(sequence.tokens) - 1
         full = (last if sequence.rows_from is None else min(last, sequence.rows_from)) // self.pool.block_size
         self._extend_digests(sequence, full)
-        reach = None if self.window is None else max(1, -(-(self.window - 1) // self.pool.block_size))
+        reach = None if self.window is None else -(-(self.window - 1) // self.pool.block_size)
         return self.pool.match(sequence.digests[:full], reach)
 
     def _prefill(self, sequence: Sequence, budget: int) -> Piece:

@@ -36,8 +36,11 @@ class Source(Protocol):
     def read(self, name: str, expert: int | None = None) -> torch.Tensor:
         """The tensor, or entry ``expert`` of its first dimension. A fresh tensor on the CPU."""
 
-    def packed(self, name: str, expert: int | None = None) -> Matrix | None:
-        """The same [outputs, inputs] as the whole numbers and scales that are stored; None where it is not exact."""
+    def packed(self, name: str, expert: int | None = None, *, outline: bool = False) -> Matrix | None:
+        """The same [outputs, inputs] as the whole numbers and scales that are stored; None where it is not exact.
+
+        ``outline``: sizes and types alone, on the meta device, with nothing read but what decides them.
+        """
 
 
 class FolderSource:
@@ -74,7 +77,7 @@ class FolderSource:
         self._last = (name, tensor)
         return tensor
 
-    def packed(self, name: str, expert: int | None = None) -> Matrix | None:
+    def packed(self, name: str, expert: int | None = None, *, outline: bool = False) -> Matrix | None:
         """Nothing is quantised here."""
         return None
 
@@ -110,7 +113,7 @@ class CheckpointSource:
             tensor = torch.cat(parts).reshape(buffer.shape)
         return tensor if expert is None else tensor[expert].clone()
 
-    def packed(self, name: str, expert: int | None = None) -> Matrix | None:
+    def packed(self, name: str, expert: int | None = None, *, outline: bool = False) -> Matrix | None:
         """Nothing is quantised here."""
         return None
 

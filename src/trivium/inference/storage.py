@@ -45,15 +45,26 @@ def unquantised(where: Path, source: FolderSource, config: dict[str, Any], model
             raise settings.wrong("bits", bits, "4")
         if method == "gptq":
             settings.fixed("checkpoint_format", "gptq", "gptq_v2")
-            return GptqSource(where, source, second=told.get("checkpoint_format") == "gptq_v2")
+            second = told.get("checkpoint_format") == "gptq_v2"
+            return GptqSource(where, source, group=_group(settings), second=second)
         settings.fixed("version", "gemm", "GEMM")
-        return AwqSource(where, source)
+        return AwqSource(where, source, group=_group(settings))
     if method == OURS:
         settings.fixed("version", 1)
         return PackedSource(where, source, model)
     raise ConfigError(
         f"{where}: quantization_config.quant_method={str(method)[:100]!r}: Trivium reads {', '.join(METHODS)}"
     )
+
+
+def _group(settings: Settings) -> int | None:
+    """Inputs that share a scale; 0 for the whole row; None where the config does not say."""
+    found = settings.get("group_size", "q_group_size")
+    if found is None or (type(found) is int and found > 0):
+        return found
+    if type(found) is not int or found != -1:
+        raise settings.wrong("group_size", found, "a whole number of at least 1, or -1 for the whole row")
+    return 0
 
 
 def _block(settings: Settings) -> tuple[int, int]:

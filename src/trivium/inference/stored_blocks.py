@@ -64,7 +64,7 @@ class Fp8Source:
             self._last = (name, weight * spread.repeat_interleave(self._block[1], 1)[:, :columns])
         return self._last[1]
 
-    def packed(self, name: str, expert: int | None = None) -> Matrix | None:
+    def packed(self, name: str, expert: int | None = None, *, outline: bool = False) -> Matrix | None:
         """Floats: no whole numbers."""
         return None
 
@@ -108,11 +108,16 @@ class Mxfp4Source:
         doubled, scales = self._doubled(name, expert)
         return (doubled.float() * scales[:, :, None]).flatten(1).t()
 
-    def packed(self, name: str, expert: int | None = None) -> Matrix | None:
+    def packed(self, name: str, expert: int | None = None, *, outline: bool = False) -> Matrix | None:
         """int8 in groups of 32: twice the 4-bit floats are whole numbers up to 12."""
         if name not in self._experts or expert is None:
             return None
-        doubled, scales = self._doubled(name, expert)
+        if outline:
+            _, columns, rows = self.shapes[name]
+            doubled = torch.empty(rows, columns // _BLOCK, _BLOCK, dtype=torch.int8, device="meta")
+            scales = torch.empty(rows, columns // _BLOCK, dtype=torch.float32, device="meta")
+        else:
+            doubled, scales = self._doubled(name, expert)
         data = doubled.flatten(1).contiguous()
         return Matrix(
             format="int8",

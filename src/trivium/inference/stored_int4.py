@@ -23,11 +23,12 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 class GptqSource:
     """GPTQ: ``X.qweight`` [K / 8, N], ``X.qzeros`` [G, N / 8], ``X.scales`` [G, N], ``X.g_idx`` [K].
 
-    ``g_idx`` is each input's group. ``second``: the second format; the first stores every zero less one.
+    ``g_idx`` is each input's group. ``group``: how many inputs share a scale by the config (0: the whole row; None: it
+    does not say), and what is stored must agree. ``second``: the second format; the first stores every zero less one.
     """
 
-    def __init__(self, where: Path, source: FolderSource, *, second: bool = False) -> None:
-        self._source, self._second = source, second
+    def __init__(self, where: Path, source: FolderSource, *, group: int | None = None, second: bool = False) -> None:
+        self._source, self._group, self._second = source, group, second
         stored = source.shapes
         self._names = {name.removesuffix(_PARTS[0]) for name in stored if name.endswith(_PARTS[0])}
         kept = {
@@ -53,13 +54,19 @@ class GptqSource:
         codes, zeros, scales, groups = self._parts(base)
         return (codes.float() - zeros.float()[:, groups]) * scales.float()[:, groups]
 
-    def packed(self, name: str, expert: int | None = None) -> Matrix | None:
+    def packed(self, name: str, expert: int | None = None, *, outline: bool = False) -> Matrix | None:
         """int4 where groups are neighbouring inputs, 32, 64 or 128 of them."""
         base = name.removesuffix(".weight")
         if base not in self._names or not name.endswith(".weight"):
             return None
-        codes, zeros, scales, groups = self._parts(base)
-        rows, columns = codes.shape
+        rows, columns = self.shapes[name]
+        if outline:
+            zeros, groups = self._zeros(base), self._index(base)
+            stored = self._source.found[base + ".scales"].stored
+            scales = torch.empty(rows, zeros.shape[1], dtype=stored.dtype, device="meta")
+            codes = torch.empty(rows, columns, dtype=torch.uint8, device="meta")
+        else:
+            codes, zeros, scales, groups = self._parts(base)
         size = columns // zeros.shape[1]
         if size not in GROUPS["int4"] or not torch.equal(groups, torch.arange(columns) // size):
             return None
@@ -72,7 +79,7 @@ class GptqSource:
             data=codes[:, 0::2] | (codes[:, 1::2] << 4),
             group=size,
             scales=scales if scales.dtype is torch.float16 else scales.float(),
-            zeros=None if symmetric else zeros,
+            zeros=None if symmetric else zeros.to(codes.device),
         )
 
     def _shape(self, where: Path, name: str, stored: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
@@ -85,6 +92,13 @@ class GptqSource:
                 f"{list(scales)} do not belong together: {outputs} outputs of {inputs} inputs in equal groups"
             )
         index = stored.get(name + ".g_idx")
+        told = inputs if self._group == 0 else self._group
+        # the last group may be a shorter one only where it is stored which inputs are in it
+        if told is not None and (scales[0] != -(-inputs // told) or (index is None and inputs % told)):
+            raise CheckpointError(
+                f"{where}: {name}.scales has a row for every {inputs // scales[0]} inputs, and group_size in "
+                f"config.json says {told}: the weights would not be what they were"
+            )
         if index not in (None, (inputs,)):
             raise CheckpointError(f"{where}: {name}.g_idx is {list(index or ())}: expected [{inputs}]")
         for part in (".qweight", ".qzeros"):
@@ -102,21 +116,27 @@ class GptqSource:
         if self._last is None or self._last[0] != name:
             scales = self._source.read(name + ".scales").t().contiguous()
             check_scales(name + ".scales", scales.float())
-            codes, zeros = self._unpacked(name)
-            columns, groups = codes.shape[1], scales.shape[1]
-            if name + ".g_idx" in self._source.shapes:
-                index = self._source.read(name + ".g_idx").long()
-                if int(index.min()) < 0 or int(index.max()) >= groups:
-                    raise CheckpointError(f"{name}.g_idx names group {int(index.max())}: there are {groups}")
-            else:
-                index = torch.arange(columns) // (columns // groups)
-            self._last = (name, codes, zeros, scales, index)
+            self._last = (name, self._codes(name), self._zeros(name), scales, self._index(name))
         return self._last[1:]
 
-    def _unpacked(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = halves(self._source.read(name + ".qweight").t().contiguous()).contiguous()
+    def _index(self, name: str) -> torch.Tensor:
+        """Each input's group, int64 [K]."""
+        columns, groups = self.shapes[f"{name}.weight"][1], self._source.shapes[name + ".scales"][0]
+        if name + ".g_idx" not in self._source.shapes:
+            return torch.arange(columns) // (columns // groups)
+        index = self._source.read(name + ".g_idx").long()
+        if int(index.min()) < 0 or int(index.max()) >= groups:
+            raise CheckpointError(f"{name}.g_idx names group {int(index.max())}: there are {groups}")
+        return index
+
+    def _codes(self, name: str) -> torch.Tensor:
+        """q, uint8 [N, K]."""
+        return halves(self._source.read(name + ".qweight").t().contiguous()).contiguous()
+
+    def _zeros(self, name: str) -> torch.Tensor:
+        """uint8 [N, G]."""
         zeros = halves(self._source.read(name + ".qzeros")).t().contiguous()
-        return codes, zeros if self._second else zeros + 1
+        return zeros if self._second else zeros + 1
 
 
 class AwqSource(GptqSource):
@@ -125,8 +145,11 @@ class AwqSource(GptqSource):
     def _extents(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return (shape[0], shape[1] * 8) if len(shape) == 2 else (0, 0)
 
-    def _unpacked(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._ordered(name + ".qweight"), self._ordered(name + ".qzeros")
+    def _codes(self, name: str) -> torch.Tensor:
+        return self._ordered(name + ".qweight")
+
+    def _zeros(self, name: str) -> torch.Tensor:
+        return self._ordered(name + ".qzeros")
 
     def _ordered(self, name: str) -> torch.Tensor:
         flat = halves(self._source.read(name))

@@ -13,7 +13,7 @@ import torch
 from trivium.base.errors import CheckpointError
 from trivium.inference.source import FolderSource
 from trivium.inference.stored_blocks import check_scales
-from trivium.kernels.matrix import GROUPS, Matrix, unpack
+from trivium.kernels.matrix import GROUPS, Matrix, integers, scales_per_group, unpack
 from trivium.models.architecture import Architecture
 from trivium.models.tensors import tensors
 
@@ -46,14 +46,16 @@ class PackedSource:
         matrix = self.packed(name, expert)
         return self._source.read(name, expert) if matrix is None else unpack(matrix)
 
-    def packed(self, name: str, expert: int | None = None) -> Matrix | None:
+    def packed(self, name: str, expert: int | None = None, *, outline: bool = False) -> Matrix | None:
         """The matrix as it was written."""
         if name not in self._groups:
             return None
-        data, scales = self._source.read(name), self._source.read(name + SCALES)
-        check_scales(name + SCALES, torch.where(scales == 0, 1.0, scales.float()))
+        take = self._outlined if outline else self._source.read
+        data, scales = take(name), take(name + SCALES)
+        if not outline:
+            check_scales(name + SCALES, torch.where(scales == 0, 1.0, scales.float()))
         rows, columns = self.shapes[name]
-        return Matrix(
+        matrix = Matrix(
             format="int8" if data.dtype is torch.int8 else "int4",
             layout="plain",
             rows=rows,
@@ -61,8 +63,15 @@ class PackedSource:
             data=data,
             group=self._groups[name],
             scales=scales,
-            zeros=self._source.read(name + ZEROS) if name + ZEROS in self._source.shapes else None,
+            zeros=take(name + ZEROS) if name + ZEROS in self._source.shapes else None,
         )
+        if not outline and bool((scales == 0).any()):
+            _check_empty(name, matrix)
+        return matrix
+
+    def _outlined(self, name: str) -> torch.Tensor:
+        stored = self._source.found[name].stored
+        return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
 
     def _checked(self, where: Path, name: str, expected: tuple[int, ...]) -> tuple[int, ...]:
         one, scales = self._source.found[name].stored, self._source.shapes[name + SCALES]
@@ -93,3 +102,15 @@ class PackedSource:
         # Groups larger than the row all mean the same: one group.
         self._groups[name] = fitting[0]
         return expected
+
+
+def _check_empty(name: str, matrix: Matrix) -> None:
+    """A scale of zero is what a group of zeros has; over other numbers it would wipe them out."""
+    spread = scales_per_group(matrix).repeat_interleave(matrix.group or matrix.columns, dim=1)[:, : matrix.columns]
+    lost = (spread == 0) & (integers(matrix) != 0)
+    if bool(lost.any()):
+        row, column = (int(index) for index in torch.nonzero(lost)[0])
+        raise CheckpointError(
+            f"{name}{SCALES}: the scale of row {row}, column {column} is 0, and what it scales is not: expected zero "
+            f"only over groups of zeros ({int(lost.sum())} such numbers)"
+        )

@@ -17,6 +17,7 @@ import tokenizers
 from trivium.base.errors import ConfigError, DataError
 from trivium.inference.chat_template import ChatTemplate
 from trivium.inference.generation import chat_template_of, read_json
+from trivium.inference.request import RequestError
 
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 _CONFIG_BYTES = 64 << 20
@@ -74,7 +75,12 @@ class Tokenizer:
         """Token ids of ``text``; ``special``: with what the model expects around it (a token that begins texts).
 
         What looks like a control token in ``text`` is encoded as ordinary text, unless ``control`` says to trust it.
+
+        Raises:
+            RequestError: half a character (a lone surrogate) is no text.
         """
+        if not text.isascii():
+            _check_characters(text)
         backend = self._trusting if control else self._plain
         ids = list(backend.encode(text, add_special_tokens=special).ids)
         if not control and self._said(text, ids, special):
@@ -215,6 +221,17 @@ class Tokenizer:
         if start < len(text):
             pieces.append((text[start:], None))
         return pieces
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the text holds the lone surrogate \\u{ord(text[error.start]):04x} at character {error.start}, which is "
+            "half a character: expected whole ones",
+            param="prompt",
+        ) from None
 
 
 def _backend(text: str) -> tokenizers.Tokenizer:

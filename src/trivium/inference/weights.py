@@ -104,7 +104,7 @@ def load(
         model = opened.architecture
         positions = sequence_limit(model, max_positions)
         stored = opened.source.dtype if dtype == "auto" else _DTYPES[dtype]
-        keep = dtype == "auto" and isinstance(opened.source, (GptqSource, PackedSource))
+        keep = keeps_packed(opened, dtype)
         packer = Packer(opened, dtype=stored, quantize=quantize, keep_packed=keep, layout=layout)
         slots: list[Slot] = []
         program = compile_program(
@@ -130,6 +130,11 @@ def load(
         )
 
 
+def keeps_packed(opened: Opened, dtype: DType) -> bool:
+    """Whether weights that are stored as whole numbers stay so, where nothing else is asked for."""
+    return dtype == "auto" and isinstance(opened.source, (GptqSource, PackedSource))
+
+
 @contextlib.contextmanager
 def open_model(path: str | Path) -> Iterator[Opened]:
     """Find out what a folder holds, and check that all of it is there. Errors as of `load`."""
@@ -151,13 +156,14 @@ def open_model(path: str | Path) -> Iterator[Opened]:
         raise CheckpointError(f"{folder} is not a folder: expected one with config.json and safetensors")
     config = read_config(folder)
     family = known_family(config)
-    model = family.read(Settings(config, f"{folder} ({family.name})"))
+    settings = Settings(config, f"{folder} ({family.name})")
+    model = family.read(settings)
+    spare = settings.further_layers("num_nextn_predict_layers")
     with open_safetensors(folder) as plain:
         source = unquantised(folder, plain, config, model)
         if isinstance(source, PackedSource):
             family = replace(family, names=canonical_names, base="", head="head.weight", dropped=())
-        spare = config.get("num_nextn_predict_layers")
-        parts = resolve(folder, family, model, source.shapes, spare if isinstance(spare, int) else 0)
+        parts = resolve(folder, family, model, source.shapes, spare)
         yield Opened(path=folder, architecture=model, source=source, parts=parts, config=config)
 
 

@@ -54,7 +54,7 @@ class MoEBlock(AttentionHalf):
             z_weight=moe.z_weight,
             init_std=config.init_std,
             layer=layer,
-            exchange=moe.exchange,
+            exchange="auto" if mesh is None else moe.exchange,
             device=device,
             dtype=dtype,
         )

@@ -97,13 +97,15 @@ class MoEConfig:
     def node_of(self, degree: int) -> int:
         """How many neighbours of ``degree`` ranks on one host, or as `exchange` says, a hierarchy takes together; 1: it
         is flat. Raises ConfigError where the exchange cannot be had."""
-        kind, node = self.exchange.kind, self.exchange.node
+        kind, node, least = self.exchange.kind, self.exchange.node, self.exchange.crossover_bytes
         if kind == "coordinated" and degree > 1:
             raise ConfigError(
                 "moe.exchange.kind='coordinated' needs a tensor axis, which a decoder's training has not: take 'auto', "
                 "'flat' or 'hierarchical'"
             )
-        if kind == "flat" or degree == 1 or (kind == "auto" and (degree < 4 or node is None or not 1 < node < degree)):
+        if kind == "flat" or degree == 1 or (kind == "auto" and (degree < 4 or least is None)):
+            return 1
+        if kind == "auto" and (node is None or not 1 < node < degree):
             return 1
         node = degree if node is None else node
         if degree % node:

@@ -69,6 +69,13 @@ class Settings:
             raise self.wrong(keys[0], found, f"at most {_MOST_LAYERS}")
         return found
 
+    def further_layers(self, key: str) -> int:
+        """How many further layers there are: 0 where the key is missing."""
+        found = self.whole(key, default=0, least=0)
+        if found > _MOST_LAYERS:
+            raise self.wrong(key, found, f"a whole number from 0 to {_MOST_LAYERS}")
+        return found
+
     def number(self, *keys: str, default: float | None = None, positive: bool = True) -> float:
         """A finite number, above zero unless told otherwise."""
         found = self.get(*keys)
