@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.inference.folders import folder
+from tests.inference.reference import reference, save
+from tests.inference.test_storage import LLAMA, int4_pair, mxfp4_pair
 from trivium.base.errors import CapacityError, ConfigError
 from trivium.cli import main as frame
 from trivium.inference import LLM
+from trivium.inference.quantized import write_quantized
 from trivium.models.moe_config import MoEConfig
 from trivium.plan.serving import plan_serving
 
@@ -33,6 +36,27 @@ def test_plan_is_reality_to_the_byte(model: Path, tmp_path: Path, quantize, moe:
     assert plan.weight_bytes + plan.cache_bytes <= 900_000
     assert plan.caches == {"paged": 2}
     assert all(length * count <= plan.cache_tokens for length, count in plan.fits)
+
+
+@pytest.mark.parametrize("stored", ["int8", "int4", "gptq", "symmetric", "act-order", "awq", "mxfp4"])
+def test_plan_is_reality_for_weights_that_are_stored_quantised(tmp_path: Path, stored: str) -> None:
+    """As they are, packed anew, and as floats."""
+    where = tmp_path / stored
+    if stored in ("int8", "int4"):
+        save(reference("Llama", LLAMA), tmp_path / "plain")
+        write_quantized(tmp_path / "plain", where, quantize=stored)
+    elif stored == "mxfp4":
+        mxfp4_pair(where)
+    else:
+        int4_pair(where, stored)
+    planned: dict[str, int] = {}
+    for options in ({}, {"quantize": "int8"}, {"quantize": "int4"}, {"dtype": "float32"}, {"dtype": "bfloat16"}):
+        plan = plan_serving(where, memory_bytes=10**7, **options)  # type: ignore[arg-type]
+        llm = LLM(where, memory=10**7, max_sequences=4, **options)  # type: ignore[arg-type]
+        assert plan.weight_bytes == llm.weight_bytes, options
+        planned[str(options)] = plan.weight_bytes
+        assert (plan.weights == "packed") == (not options and stored not in ("mxfp4", "act-order"))
+    assert stored == "act-order" or planned["{}"] < planned["{'dtype': 'float32'}"]
 
 
 def test_c11_what_does_not_fit(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 import pytest
 
-from tests.serve.page_server import PageServer, Reply
+from tests.serve.page_server import Reply
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 LIMIT_MS = 15_000
@@ -17,11 +19,17 @@ LIMIT_MS = 15_000
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """The system's Chromium under Playwright; the test is skipped, with the reason, where either is missing."""
+    """The system's Chromium under Playwright.
+
+    Where either is missing the test is skipped, with the reason; where the environment has ``CI`` it fails.
+    """
     binary = next((found for name in NAMES if (found := shutil.which(name))), None)
     if binary is None:
-        pytest.skip(f"no Chromium on PATH (looked for {', '.join(NAMES)})")
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+        _missing(f"no Chromium on PATH (looked for {', '.join(NAMES)})")
+    if importlib.util.find_spec("playwright") is None:
+        _missing("playwright is not installed")
+    import playwright.sync_api as api
+
     with api.sync_playwright() as playwright:
         arguments = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
         browser = playwright.chromium.launch(executable_path=binary, args=arguments, headless=True)
@@ -31,10 +39,25 @@ def chromium() -> Iterator[Any]:
             browser.close()
 
 
+def _missing(what: str) -> NoReturn:
+    if os.environ.get("CI"):
+        pytest.fail(f"{what}, and the page has to be tested where CI is set", pytrace=False)
+    pytest.skip(what)
+
+
+class Place(Protocol):
+    """A server with the page: the stub, or a real one (which answers as it likes and takes no replies)."""
+
+    replies: list[Reply]
+
+    @property
+    def url(self) -> str: ...
+
+
 class Visit:
     """One visitor's page, its controls by the names a person knows, and what must not happen on it."""
 
-    def __init__(self, browser: Any, server: PageServer, **options: Any) -> None:
+    def __init__(self, browser: Any, server: Place, **options: Any) -> None:
         self.server = server
         self.context = browser.new_context(viewport={"width": 1280, "height": 800}, **options)
         self.context.set_default_timeout(LIMIT_MS)
@@ -105,6 +128,14 @@ class Visit:
 
     def texts(self) -> list[str]:
         return [text.strip() for text in self.page.locator(".message .text").all_inner_texts()]
+
+    def shows(self, texts: list[str]) -> None:
+        """Wait until these are the messages' texts: a click may return before the page is drawn anew."""
+        for _ in range(600):
+            if self.texts() == texts:
+                return
+            self.page.wait_for_timeout(50)
+        assert self.texts() == texts
 
     def sees(self, text: str) -> None:
         self.page.get_by_text(text).last.wait_for()

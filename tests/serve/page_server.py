@@ -21,9 +21,9 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 import trivium.serve
+from trivium.serve.page import POLICY
 
 PAGE = Path(trivium.serve.__file__).parent / "page"
-POLICY = "default-src 'self'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
 LOADS = [[5, 1, 3, 9, 2, 2, 4, 6], [1, 1, 1, 1, 1, 1, 1, 25], [4, 4, 4, 4, 4, 4, 4, 4], [0, 0, 0, 0, 0, 0, 0, 0]]
 
 
@@ -48,6 +48,20 @@ def failure(status: int, message: str, *, param: str | None = None, headers: dic
     return JSONResponse(body, status_code=status, headers=headers)
 
 
+class _Killable(uvicorn.Server):
+    """Breaks its connections when it ends, also those that come while it does; none is left to the collector."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._break()
+        await super().shutdown(sockets)
+        self._break()
+        await asyncio.sleep(0.01)
+
+    def _break(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+
 class PageServer:
     """The stub on one port of the loopback; its fields are the script and may be changed between requests."""
 
@@ -56,7 +70,7 @@ class PageServer:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
         self.reset()
-        self._server: uvicorn.Server | None = None
+        self._server: _Killable | None = None
         self._thread: threading.Thread | None = None
 
     def reset(self) -> None:
@@ -84,8 +98,9 @@ class PageServer:
             lifespan="off",
             ws="none",
             loop="asyncio",
+            timeout_graceful_shutdown=1,
         )
-        self._server = uvicorn.Server(config)
+        self._server = _Killable(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
         until = time.monotonic() + 20
@@ -100,9 +115,8 @@ class PageServer:
         if server is None or thread is None:
             return
         server.should_exit = server.force_exit = True
-        for connection in list(server.server_state.connections):
-            _abort(connection.transport)
-        thread.join(timeout=20)
+        thread.join(timeout=120)
+        assert not thread.is_alive(), "the stub server did not end"
         self._server = self._thread = None
 
     def _app(self) -> Starlette:
@@ -194,12 +208,6 @@ class PageServer:
         finally:
             self.running -= 1
             self.left += not done
-
-
-def _abort(transport: asyncio.Transport) -> None:
-    """Aborts a transport from another thread, on its own loop."""
-    loop: asyncio.AbstractEventLoop = transport._loop  # type: ignore[attr-defined]
-    loop.call_soon_threadsafe(transport.abort)
 
 
 def event(chunk: dict[str, Any]) -> str:

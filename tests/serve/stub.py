@@ -30,14 +30,20 @@ class ByteTokenizer:
     """A token per byte, and five control tokens."""
 
     def __init__(self) -> None:
-        self.slow_s = 0.0
+        self.gate: threading.Event | None = None  # chats, long texts and long lists of ids are read once it is set
+        self.held: list[int] = []  # the sizes of those that came to it
+
+    def _pass(self, size: int) -> None:
+        if self.gate is not None and size > 100:
+            self.held.append(size)
+            self.gate.wait(60)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        if self.slow_s and len(text) > 100:
-            time.sleep(self.slow_s)
+        self._pass(len(text))
         return list(text.encode())
 
     def decode(self, token_ids: Sequence[int]) -> str:
+        self._pass(len(token_ids))
         return bytes(token for token in token_ids if token < 256).decode("utf-8", errors="replace")
 
     def chat(
@@ -48,6 +54,7 @@ class ByteTokenizer:
         prompt: bool,
         continue_final_message: bool,
     ) -> list[int]:
+        self._pass(1000)
         ids = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM, "tool": TOOL}
         tokens = [SYSTEM, *json.dumps(tools).encode(), END] if tools else []
         for message in messages:
@@ -58,7 +65,7 @@ class ByteTokenizer:
 
 
 class _Choice:
-    def __init__(self, request: Request, index: int, tokenizer: ByteTokenizer, reply: bytes) -> None:
+    def __init__(self, request: Request, index: int, tokenizer: ByteTokenizer, reply: Sequence[int]) -> None:
         self.request, self.index = request, index
         self.detokenizer = Detokenizer(tokenizer, list(request.prompt_token_ids)[-4:])
         self.stops = StopFinder(request.params.stop)
@@ -90,7 +97,8 @@ class StubEngine:
     """Steps of ``step_s``; ``slots`` choices at once, the rest waits. Blocks: one per running choice."""
 
     def __init__(self, *, step_s: float = 0.0, slots: int = 64, reply: str = REPLY, spin: bool = False) -> None:
-        self.step_s, self.slots, self.reply = step_s, slots, reply.encode()
+        self.step_s, self.slots = step_s, slots
+        self.reply: Sequence[int] = reply.encode()
         self.tokenizer = ByteTokenizer()
         self.last_step_s = time.monotonic()
         self.prefill_s = 0.0

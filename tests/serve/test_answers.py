@@ -12,9 +12,8 @@ import jsonschema
 import openai
 import pytest
 
-from tests.serve.running import Running, running, user
-from tests.serve.stub import REPLY, StubEngine
-from trivium.serve.tools import ToolReader, dialect_of, plan_tools
+from tests.serve.running import Running, user
+from tests.serve.stub import REPLY
 
 pytestmark = pytest.mark.timeout(60)
 WEATHER = {
@@ -308,61 +307,3 @@ def test_an_answer_goes_on(server: Running) -> None:
     ):
         refused = server.chat(**(asked | more))
         assert (refused.status, refused.error["param"]) == (400, param)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
-@pytest.mark.parametrize("template", ["tools <tool_call>", 'tools "parameters"', "tools", "tools [TOOL_CALLS]"])
-def test_calls_are_found_in_text_however_it_is_cut(template: str, size: int) -> None:
-    dialect = dialect_of(template, {})
-    assert dialect is not None
-    plan = plan_tools([WEATHER, CLOCK], "auto", True, dialect)
-    assert plan is not None
-    arguments = '{"city": "Ro\\"}{me", "days": [1, {"a": "]"}]}'
-    written = dialect.trigger + dialect.begin("weather") + arguments + dialect.end
-    several = written + dialect.between + dialect.trigger + dialect.begin("clock") + "{}" + dialect.end
-    for text, content, expected in (
-        (f"<tool but no call {{[ {written}", "<tool but no call {[ ", [("weather", arguments)]),
-        (written, "", [("weather", arguments)]),
-        (several, "", [("weather", arguments), ("clock", "{}")]),
-        ("plain <tool_cal", "plain <tool_cal", []),
-    ):
-        reader = ToolReader(plan)
-        said, calls = "", []
-        for start in range(0, len(text), size):
-            part, found = reader.push(text[start : start + size])
-            said += part
-            for call in found:
-                if call.name is not None:
-                    calls.append((call.name, ""))
-                calls[call.index] = calls[call.index][0], calls[call.index][1] + call.arguments
-        said += reader.flush()
-        assert (said, calls) == (content, expected)
-
-
-def test_a_call_may_follow_text() -> None:
-    """With "auto" the model writes what it likes; once it begins a call, the rest of it is valid."""
-    prefix = "Let me look. "
-    engine = StubEngine(
-        reply=prefix + '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "days": 3}}\n</tool_call>'
-    )
-    engine.follow = True
-    with running(engine) as server:
-        answer = server.chat(tools=[WEATHER], max_tokens=400).json()["choices"][0]
-        assert answer["message"]["content"] == prefix
-        (call,) = answer["message"]["tool_calls"]
-        assert call["function"]["name"] == "weather"
-        assert json.loads(call["function"]["arguments"]) == {"city": "Rome", "days": 3}
-        engine.reply = (prefix + '<tool_call>\n{"name": "wxyz", "arguments": {"city": "Paris", "days": 77}}').encode()
-        bent = server.chat(tools=[WEATHER], max_tokens=400).json()["choices"][0]
-        arguments = json.loads(bent["message"]["tool_calls"][0]["function"]["arguments"])
-        jsonschema.validate(arguments, WEATHER["function"]["parameters"])  # type: ignore[index]
-
-
-def test_a_template_without_tools_refuses_them() -> None:
-    with running() as server:
-        server.server._service.dialect = dialect_of("{{ messages }}", {})
-        answer = server.chat(tools=[WEATHER])
-        assert (answer.status, answer.error["param"]) == (400, "tools")
-        twice = server.chat(tools=[CLOCK, CLOCK])
-        assert twice.status == 400
-        assert server.chat(tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "no"}}).status == 400

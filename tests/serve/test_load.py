@@ -138,6 +138,6 @@ def test_percentiles_and_goodput() -> None:
     slow = Sample(started_s=0, status=200, first_s=0.5, gaps_s=[0.5], tokens=2, total_s=1.0)
     full = Sample(started_s=0, status=429, error="status 429", total_s=0.002)
     lost = Sample(started_s=0, status=200, error="cut", total_s=0.1)
-    row = summary("open", 5, [good, late, slow, full, lost], 2.0, ServeBench())
+    row = summary("open", 5, [good, late, slow, full, lost], 2.0, ServeBench(first_ms=1000, gap_ms=100))
     assert (row["ok"], row["rejected"], row["failed"], row["goodput_per_s"]) == (3, 1, 1, 0.5)
     assert (row["reject_p99_ms"], row["tokens_per_s"]) == (2.0, 3.0)

@@ -35,7 +35,7 @@ def test_send(visit: Visit, stub: PageServer) -> None:
     assert "3 tokens" in visit.page.locator(".message.last .figures").inner_text()
     assert visit.page.locator(".message.last strong").inner_text() == "bold"
     visit.reload()
-    assert visit.texts() == ["Good day", "Hello from the stub.", "And now", "Some bold words"]
+    visit.shows(["Good day", "Hello from the stub.", "And now", "Some bold words"])
     assert visit.page.title() == "Good day · Trivium"
 
 
@@ -62,11 +62,11 @@ def test_regenerate_makes_a_sibling(visit: Visit) -> None:
     visit.page.locator(".text", has_text="second").wait_for()
     visit.page.get_by_label("Version 2 of 2").wait_for()
     visit.button("Previous version").click()
-    assert visit.texts() == ["hi", "first"]
+    visit.shows(["hi", "first"])
     visit.reload()
-    assert visit.texts() == ["hi", "first"]
+    visit.shows(["hi", "first"])
     visit.button("Next version").click()
-    assert visit.texts() == ["hi", "second"]
+    visit.shows(["hi", "second"])
 
 
 def test_edit_branches(visit: Visit, stub: PageServer) -> None:
@@ -80,10 +80,10 @@ def test_edit_branches(visit: Visit, stub: PageServer) -> None:
     visit.button("Send edited").click()
     visit.page.locator(".text", has_text="answer uno").wait_for()
     visit.answer()
-    assert visit.texts() == ["uno", "answer uno"]
+    visit.shows(["uno", "answer uno"])
     assert [m["content"] for m in stub.requests[-1]["messages"]] == ["uno"]
     visit.button("Previous version").click()
-    assert visit.texts() == ["one", "answer one", "two", "answer two"]
+    visit.shows(["one", "answer one", "two", "answer two"])
     visit.button("Edit message").first.click()
     visit.page.keyboard.press("Escape")
     assert visit.texts()[0] == "one"
@@ -155,7 +155,7 @@ def test_offline(visit: Visit) -> None:
     visit.page.get_by_role("button", name="Server: Ready").wait_for()
     visit.button("Try again").click()
     visit.answer()
-    assert visit.texts() == ["before", "Hello from the stub.", "during", "Hello from the stub."]
+    visit.shows(["before", "Hello from the stub.", "during", "Hello from the stub."])
 
 
 FAILURES = [
@@ -218,10 +218,10 @@ def test_several_chats_at_once(visit: Visit, stub: PageServer) -> None:
     visit.send("the first chat", SLOW)
     streaming(visit)
     visit.button("New chat").first.click()
-    assert visit.texts() == []
+    visit.shows([])
     assert visit.ask("the second chat") == "Hello from the stub."
     visit.page.get_by_text("the first chat").click()
-    assert "word5" in visit.texts()[1]
+    visit.sees("word5")
     visit.button("Stop the answer").click()
     visit.answer("stopped")
     visit.button("Rename “the first chat”").click()
@@ -276,9 +276,9 @@ def test_export_and_import(visit: Visit, tmp_path: Path) -> None:
         visit.page.set_input_files("#import-file", file)
         visit.sees("Imported 1 chat.")
     assert eventually(lambda: visit.page.locator(".chat").count() == 2)
-    assert visit.texts() == ["first", "another"]
+    visit.shows(["first", "another"])
     visit.button("Previous version").click()
-    assert visit.texts() == ["first", "answer"]
+    visit.shows(["first", "answer"])
 
 
 DAMAGED = [

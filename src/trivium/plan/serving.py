@@ -17,9 +17,9 @@ from trivium.inference.blocks import most_held
 from trivium.inference.cache import CacheDtype, block_bytes, check_dtype, kind_of, longest_held, window_of
 from trivium.inference.compile import cache_spec, compile_program
 from trivium.inference.engine import EngineConfig
-from trivium.inference.packing import Quantize, format_of
+from trivium.inference.packing import Quantize, format_of, precise, stored
 from trivium.inference.sizing import BLOCK_SIZE, cache_blocks, program_bytes
-from trivium.inference.weights import DType, Opened, open_model, sequence_limit
+from trivium.inference.weights import DType, Opened, keeps_packed, open_model, sequence_limit
 from trivium.kernels.matrix import Format, Layout, Matrix, arrange
 from trivium.kernels.program import CacheSpec
 from trivium.kernels.registry import layout
@@ -30,7 +30,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True, kw_only=True)
 class ServingPlan:
-    """Bytes and counts. ``fits`` pairs a context with how many requests of it the cache holds at once.
+    """Bytes and counts. ``weights`` is the type of most of them, or "packed": as the folder stores them. ``fits`` pairs
+    a context with how many requests of it the cache holds at once.
 
     ``caches`` counts layers by the kind that they declare: paged, windowed, latent. Where all are windowed, ``window``
     is how far back they read, and a request holds no more blocks than that and one step take.
@@ -71,15 +72,17 @@ def plan_serving(
     if dtype != "auto" and dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype!r}: expected auto, {', '.join(_DTYPES)}")
     with open_model(path) as opened:
-        stored = opened.source.dtype if dtype == "auto" else _DTYPES[dtype]
+        plain = opened.source.dtype if dtype == "auto" else _DTYPES[dtype]
         positions = sequence_limit(opened.architecture, max_positions)
-        sizes = {
-            form: _weight_bytes(opened, stored, form, positions, layout(backend))
+        keep = keeps_packed(opened, dtype)
+        counted = {
+            form: _weight_bytes(opened, plain, form, positions, layout(backend), keep=keep and form is None)
             for form in dict.fromkeys((quantize, "int8", "int4"))
         }
         specs = _specs(opened)
-    plain = stored == torch.float32 and quantize is None
-    entries = check_dtype(("float32" if plain else "bfloat16") if cache_dtype == "auto" else cache_dtype)
+    sizes = {form: size for form, (size, _) in counted.items()}
+    exact = plain == torch.float32 and quantize is None
+    entries = check_dtype(("float32" if exact else "bfloat16") if cache_dtype == "auto" else cache_dtype)
     each = block_bytes(specs, entries, BLOCK_SIZE)
     if memory_bytes - sizes[quantize] < each:
         raise CapacityError(_does_not_fit(memory_bytes, sizes, quantize, each))
@@ -96,7 +99,7 @@ def plan_serving(
     kinds = [kind_of(spec) for spec in specs]
     return ServingPlan(
         name=Path(path).resolve().name,
-        weights=f"{quantize or str(stored).removeprefix('torch.')}",
+        weights=quantize or ("packed" if counted[None][1] else str(plain).removeprefix("torch.")),
         weight_bytes=sizes[quantize],
         memory_bytes=memory_bytes,
         cache_dtype=entries,
@@ -127,21 +130,35 @@ def _specs(opened: Opened) -> tuple[CacheSpec, ...]:
     return tuple(cache_spec(layer.attention) for layer in opened.architecture.layers)
 
 
-def _weight_bytes(opened: Opened, dtype: torch.dtype, quantize: Quantize, positions: int, form: Layout) -> int:
-    """Bytes of the program that loading would compile: the same compiler, on tensors without data."""
+def _weight_bytes(
+    opened: Opened, dtype: torch.dtype, quantize: Quantize, positions: int, form: Layout, *, keep: bool
+) -> tuple[int, bool]:
+    """Bytes of the program that loading would compile: the same compiler, on tensors without data.
+
+    ``keep``: what is stored packed stays so, whatever its format. Also returns whether any of it does.
+    """
+    read: list[str] = []
+    stays = False
     shapes = tensors(opened.architecture)
     tables = ("embed.weight", "embed_in.weight", "positions.weight")
 
     def get(name: str) -> torch.Tensor:
+        read.append(name)
         kept = dtype if name in tables else opened.source.dtype
         return torch.empty(shapes[name], dtype=kept, device="meta")
 
     def pack(name: str, weight: torch.Tensor) -> Matrix:
-        return arrange(_empty(weight, *format_of(name, dtype, quantize)), form)
+        nonlocal stays
+        format, group = format_of(name, dtype, quantize)
+        with torch.device("cpu"):  # what is read on the way has numbers
+            found = None if precise(name) else stored(opened, read, weight, None if keep else format, outline=True)
+        stays = stays or found is not None
+        read.clear()
+        return arrange(_empty(weight, format, group) if found is None else found, form)
 
     with torch.device("meta"):
         program = compile_program(opened.architecture, get, pack=pack, max_positions=positions)
-    return program_bytes(program)
+    return program_bytes(program), stays
 
 
 def _empty(weight: torch.Tensor, format: Format, group: int) -> Matrix:

@@ -20,6 +20,7 @@ from trivium.serve.completions import complete
 from trivium.serve.errors import ApiError
 from trivium.serve.exchange import EXCHANGE_KEY, Exchange, Gone
 from trivium.serve.health import Health
+from trivium.serve.metrics import REJECTIONS
 from trivium.serve.page import Asset
 from trivium.serve.service import Service
 
@@ -88,6 +89,8 @@ class App:
             exchange.key = self.gate.key_of(scope["headers"])
             await self.router(scope, receive, send)
         except ApiError as error:
+            if scope["method"] == "POST" and error.status in (429, 503) and not exchange.began:
+                self.service.metrics.rejected.labels(REJECTIONS.get(error.code, error.code)).inc()
             await exchange.reply_error(error)
         except HTTPException as error:
             headers = dict(error.headers or {})
@@ -108,7 +111,12 @@ class _Endpoint:
         self._handler = handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._handler(self._service, scope[EXCHANGE_KEY])
+        exchange: Exchange = scope[EXCHANGE_KEY]
+        if scope["method"] != "POST":
+            await self._handler(self._service, exchange)
+            return
+        with self._service.under_way(exchange.key):
+            await self._handler(self._service, exchange)
 
 
 async def _nothing_here(scope: Scope, receive: Receive, send: Send) -> None:

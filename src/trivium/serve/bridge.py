@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -24,12 +24,12 @@ from trivium.serve.served import Engine
 class Job:
     """The engine requests of one HTTP request, one per prompt; read with `take` by one task."""
 
-    def __init__(self, bridge: Bridge, requests: Sequence[Request], key: int) -> None:
+    def __init__(self, bridge: Bridge, requests: Sequence[Request], arrived_s: float) -> None:
+        """``arrived_s``: when the HTTP request came, on the monotonic clock."""
         self._bridge = bridge
-        self.key = key
         self.size = sum(request.params.n for request in requests)
         self.order = {request.request_id: index for index, request in enumerate(requests)}
-        self.arrived_s = time.monotonic()
+        self.arrived_s = arrived_s
         self.last_s: dict[tuple[str, int], float] = {}
         self._left = {request.request_id: request.params.n for request in requests}
         self._cached: dict[str, int] = {}
@@ -60,6 +60,23 @@ class Job:
         batch, self._deltas = self._deltas, []
         return batch
 
+    async def unstreamed(self) -> AsyncIterator[Delta]:
+        """The deltas of an answer that is told whole: where a choice fails nobody is told of those that had ended, and
+        they count as errors too.
+
+        Raises:
+            ApiError: the engine failed.
+        """
+        ended = 0
+        try:
+            while batch := await self.take():
+                for delta in batch:
+                    ended += delta.finish_reason is not None
+                    yield delta
+        except ApiError:
+            self._bridge.metrics.finished.labels("error").inc(ended)
+            raise
+
     def usage(self, prompt_tokens: int) -> dict[str, Any]:
         """Tokens so far, as OpenAI counts them; a prompt counts once for all its choices."""
         return {
@@ -74,6 +91,11 @@ class Job:
         """Prompt tokens that were found in the cache."""
         return sum(self._cached.values())
 
+    def told(self, finish_reason: str | None) -> None:
+        """Count how a choice ended, as the client is told; None: it has not."""
+        if finish_reason is not None:
+            self._bridge.metrics.finished.labels(finish_reason).inc()
+
     def push(self, delta: Delta) -> None:
         """Take a delta; on the loop."""
         self._deltas.append(delta)
@@ -87,8 +109,9 @@ class Job:
         self._awake()
 
     def fail(self, error: ApiError) -> None:
-        """End with an error, unless every choice has ended."""
+        """End every choice that is left with an error, and count it as such."""
         self._failure = error
+        self._bridge.metrics.finished.labels("error").inc(sum(self._left.values()))
         self._awake()
 
     def cancel(self) -> None:
@@ -116,11 +139,10 @@ class Bridge:
         self.tokens_total = 0
         self._slots = slots
         self._limits = limits
-        self._metrics = metrics
+        self.metrics = metrics
         self._loop = loop
         self._jobs: dict[str, Job] = {}
         self._admitted = 0
-        self._keys: Counter[int] = Counter()
         self._inbox: deque[Delta] = deque()
         self._told = False
 
@@ -134,7 +156,7 @@ class Bridge:
         """Jobs that are not finished."""
         return set(self._jobs.values())
 
-    def refuse_if_full(self, key: int, size: int = 1) -> None:
+    def refuse_if_full(self, size: int = 1) -> None:
         """Raises ApiError where a job of ``size`` choices would not be admitted: 429 when full, 503 when stopping.
 
         One that can never be admitted is a 400.
@@ -142,16 +164,11 @@ class Bridge:
         if self.failed is not None:
             raise self.failed
         self.refuse_if_stopping()
-        if key >= 0 and self._keys[key] >= self._limits.per_key:
-            self._metrics.rejected.labels("per_key").inc()
-            message = f"this key has {self._keys[key]} requests under way; at most {self._limits.per_key} are allowed"
-            raise ApiError(429, "concurrency_limit_exceeded", message, headers={"Retry-After": "1"})
         most = self._slots + self._limits.queue
         if size > most:
             message = f"{size} answers are asked for at once; at most {most} are ever admitted: send fewer"
             raise ApiError(400, "too_many_answers", message)
         if self._admitted + size > most:
-            self._metrics.rejected.labels("queue").inc()
             message = f"{self._admitted} answers are under way or waiting; at most {most} are admitted"
             raise ApiError(429, "queue_full", message, headers={"Retry-After": "1"})
 
@@ -160,12 +177,14 @@ class Bridge:
         if self.draining:
             raise ApiError(503, "shutting_down", "the server is stopping", headers={"Retry-After": "5"}, close=True)
 
-    def start(self, requests: Sequence[Request], key: int) -> Job:
-        """Admit and submit. Raises ApiError as `refuse_if_full` does, and 400 where the engine refuses a request."""
-        job = Job(self, requests, key)
-        self.refuse_if_full(key, job.size)
+    def start(self, requests: Sequence[Request], *, arrived_s: float) -> Job:
+        """Admit and submit what came at ``arrived_s``.
+
+        Raises ApiError as `refuse_if_full` does, and 400 where the engine refuses a request.
+        """
+        job = Job(self, requests, arrived_s)
+        self.refuse_if_full(job.size)
         self._admitted += job.size
-        self._keys[key] += 1
         for request in requests:
             self._jobs[request.request_id] = job
         try:
@@ -223,9 +242,6 @@ class Bridge:
 
     def _release(self, job: Job) -> None:
         self._admitted -= job.size
-        self._keys[job.key] -= 1
-        if self._keys[job.key] <= 0:
-            del self._keys[job.key]
 
     def _deliver(self, delta: Delta) -> None:
         """On the engine's thread."""
@@ -259,7 +275,7 @@ class Bridge:
                     self._release(job)
 
     def _observe(self, job: Job, delta: Delta, now: float) -> None:
-        metrics = self._metrics
+        metrics = self.metrics
         place = (delta.request_id, delta.choice)
         count = len(delta.token_ids)
         if count:
@@ -271,7 +287,6 @@ class Bridge:
                 metrics.tokens.gap((now - before) / count)
             job.last_s[place] = now
         if delta.finish_reason is not None:
-            metrics.finished.labels(delta.finish_reason).inc()
             metrics.whole.observe(now - job.arrived_s)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ from trivium.serve.logprobs import chat_logprobs
 from trivium.serve.sampling import check_context, grammar_of, refuse_undoing, sampling_params
 from trivium.serve.schema import chat_fields
 from trivium.serve.service import Service
-from trivium.serve.tools import Call, ToolPlan, ToolReader, plan_tools
+from trivium.serve.tool_reader import Call, ToolReader
+from trivium.serve.tools import ToolPlan, plan_tools
 
 
 @dataclass(kw_only=True)
@@ -39,16 +41,12 @@ async def chat(service: Service, exchange: Exchange) -> None:
     values = await exchange.fields(chat_fields(service.limits))
     service.note(exchange, values)
     service.check_model(values["model"])
-    service.bridge.refuse_if_full(exchange.key, values["n"])
-    if values["stream_options"] is not None and not values["stream"]:
-        raise invalid("stream_options", "stream_options needs stream")
-    if values["top_logprobs"] is not None and not values["logprobs"]:
-        raise invalid("top_logprobs", "top_logprobs needs logprobs")
-    if None not in (values["max_tokens"], values["max_completion_tokens"]):
-        message = "max_completion_tokens and max_tokens, its older name, exclude each other"
-        raise invalid("max_completion_tokens", message)
+    service.bridge.refuse_if_full(values["n"])
+    _check_needs(values)
     grammar = grammar_of(values)
-    plan = plan_tools(values["tools"], values["tool_choice"], values["parallel_tool_calls"], service.dialect)
+    plan = plan_tools(
+        values["tools"], values["tool_choice"], values["parallel_tool_calls"] is not False, service.dialect
+    )
     if plan is not None:
         if grammar is not None:
             raise invalid(grammar.param, f"{grammar.param} and tools exclude each other, unless tool_choice is none")
@@ -86,11 +84,25 @@ async def chat(service: Service, exchange: Exchange) -> None:
         await (_stream if settings.stream else _whole)(service, exchange, job, settings)
 
 
+def _check_needs(values: Mapping[str, Any]) -> None:
+    """Raises ApiError 400 for a field that would change nothing without another, and for two that say the same."""
+    for name, needs in (
+        ("stream_options", "stream"),
+        ("top_logprobs", "logprobs"),
+        ("parallel_tool_calls", "tools"),
+    ):
+        if values[name] is not None and not values[needs]:
+            raise invalid(name, f"{name} needs {needs}")
+    if None not in (values["max_tokens"], values["max_completion_tokens"]):
+        message = "max_completion_tokens and max_tokens, its older name, exclude each other"
+        raise invalid("max_completion_tokens", message)
+
+
 class _Choice:
     """What one choice has come to."""
 
-    def __init__(self, plan: ToolPlan | None) -> None:
-        self.reader = None if plan is None else ToolReader(plan)
+    def __init__(self, service: Service, plan: ToolPlan | None) -> None:
+        self.reader = None if plan is None else ToolReader(plan, service.token_bytes, service.control_ids)
         self.content: list[str] = []
         self.calls: list[dict[str, Any]] = []
         self.logprobs: list[TokenLogprobs] = []
@@ -101,11 +113,11 @@ class _Choice:
         calls: list[Call] = []
         text = delta.text
         if self.reader is not None:
-            text, calls = self.reader.push(text)
+            text, calls = self.reader.push(text, delta.token_ids)
             if delta.finish_reason is not None:
                 text += self.reader.flush()
         if delta.finish_reason is not None:
-            called = self.reader is not None and self.reader.calls > 0
+            called = self.reader is not None and self.reader.whole
             self.finish = "tool_calls" if called and delta.finish_reason == "stop" else delta.finish_reason
         return text, calls
 
@@ -121,14 +133,14 @@ class _Choice:
 
 
 async def _whole(service: Service, exchange: Exchange, job: Job, settings: _Settings) -> None:
-    choices = [_Choice(settings.tools) for _ in range(settings.choices)]
-    while batch := await job.take():
-        for delta in batch:
-            choices[delta.choice].add(delta)
+    choices = [_Choice(service, settings.tools) for _ in range(settings.choices)]
+    async for delta in job.unstreamed():
+        choices[delta.choice].add(delta)
     if job.cancelled:
         return
     answers = []
     for index, choice in enumerate(choices):
+        job.told(choice.finish)
         content = "".join(choice.content)
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if choice.calls:
@@ -152,7 +164,7 @@ async def _whole(service: Service, exchange: Exchange, job: Job, settings: _Sett
 
 async def _stream(service: Service, exchange: Exchange, job: Job, settings: _Settings) -> None:
     writer = _Writer(service, settings)
-    choices = [_Choice(settings.tools) for _ in range(settings.choices)]
+    choices = [_Choice(service, settings.tools) for _ in range(settings.choices)]
     begun: set[int] = set()
     while batch := await job.take():
         events: list[bytes] = []
@@ -166,6 +178,7 @@ async def _stream(service: Service, exchange: Exchange, job: Job, settings: _Set
                 events.append(writer.text(delta, text))
             events += [writer.call(delta.choice, call) for call in calls]
             if choice.finish is not None:
+                job.told(choice.finish)
                 events.append(writer.delta(delta.choice, {}, choice.finish))
         if not exchange.began:
             await exchange.start_events()
@@ -203,12 +216,10 @@ class _Writer:
 
     def text(self, delta: Delta, text: str) -> bytes:
         """More content."""
-        logprobs = "null"
         if self._top is None:
             return self._plain[delta.choice] + quoted(text).encode() + self._rest
-        if self._top is not None:
-            entries = chat_logprobs(delta.logprobs or [], self._service.token_bytes, self._top)
-            logprobs = json.dumps(entries, ensure_ascii=False)
+        entries = chat_logprobs(delta.logprobs or [], self._service.token_bytes, self._top)
+        logprobs = json.dumps(entries, ensure_ascii=False)
         return self._choice(delta.choice, f'{{"content": {json.dumps(text, ensure_ascii=False)}}}', logprobs, "null")
 
     def call(self, index: int, call: Call) -> bytes:

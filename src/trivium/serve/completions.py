@@ -42,7 +42,7 @@ async def complete(service: Service, exchange: Exchange) -> None:
     values = await exchange.fields(completion_fields(service.limits))
     service.note(exchange, values)
     service.check_model(values["model"])
-    service.bridge.refuse_if_full(exchange.key, values["n"] * len(values["prompt"]))
+    service.bridge.refuse_if_full(values["n"] * len(values["prompt"]))
     if values["stream_options"] is not None and not values["stream"]:
         raise invalid("stream_options", "stream_options needs stream")
     if values["max_tokens"] == 0 and not values["echo"]:
@@ -118,11 +118,12 @@ def _choices(settings: _Settings) -> list[_Choice]:
 
 async def _whole(service: Service, exchange: Exchange, job: Job, settings: _Settings) -> None:
     choices = _choices(settings)
-    while batch := await job.take():
-        for delta in batch:
-            choices[job.order[delta.request_id] * settings.n + delta.choice].add(delta)
+    async for delta in job.unstreamed():
+        choices[job.order[delta.request_id] * settings.n + delta.choice].add(delta)
     if job.cancelled:
         return
+    for choice in choices:
+        job.told(choice.finish)
     answers = [
         {
             "index": index,
@@ -148,6 +149,7 @@ async def _stream(service: Service, exchange: Exchange, job: Job, settings: _Set
             choice = choices[index]
             choice.add(delta)
             choice.text.clear()
+            job.told(delta.finish_reason)
             text = quoted(delta.text)
             if not delta.text and not choice.entries and delta.finish_reason is None:
                 continue

@@ -113,6 +113,14 @@ def choice(*options: str) -> Reader:
     return read
 
 
+def function_name(value: Any, param: str) -> str:
+    """A function's name: letters, digits, '_', '-' and '.', at most 64."""
+    name = str(text(64, empty=False)(value, param))
+    if not all(letter.isascii() and (letter.isalnum() or letter in "_-.") for letter in name):
+        raise invalid(param, f"{param}={shown(name)}: expected letters, digits, '_', '-' and '.'")
+    return name
+
+
 def mapping(value: Any, param: str) -> dict[str, Any]:
     """A JSON object."""
     if not isinstance(value, dict):

@@ -16,6 +16,7 @@ from trivium.serve.service import Service
 _FRESH_S = 0.4
 _PROBE_S = 1.2
 _RATE_S = 5.0
+_READY = "Whether the model is loaded, its engine runs, and the server is not stopping."
 
 
 class Health:
@@ -81,11 +82,11 @@ class Health:
     def gauges(self) -> dict[str, tuple[str, float]]:
         """What Prometheus is told of this moment."""
         if self._service.served is None:
-            return {"trivium_ready": ("Whether the model is loaded.", 0.0)}
+            return {"trivium_ready": (_READY, 0.0)}
         stats = self._service.served.engine.stats
         used = 1 - stats.blocks_free / stats.blocks_total if stats.blocks_total else 0.0
         return {
-            "trivium_ready": ("Whether the model is loaded.", 1.0),
+            "trivium_ready": (_READY, float(self._service.able)),
             "trivium_num_requests_running": ("Choices that are being computed.", float(stats.running)),
             "trivium_num_requests_waiting": ("Choices that wait.", float(stats.waiting)),
             "trivium_num_requests_admitted": ("Choices admitted by the server.", float(self._service.bridge.active)),

@@ -12,6 +12,17 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 FINISH_REASONS = ("stop", "length", "tool_calls", "abort", "error")
+# The code that a client is told, and the label of what kept it out; any other code of a 429 or 503 is its own label.
+REJECTIONS = {
+    "queue_full": "queue",
+    "concurrency_limit_exceeded": "per_key",
+    "grammar_workers_busy": "grammar_workers",
+    "grammar_worker_killed": "grammar_worker_killed",
+    "grammar_worker_failed": "grammar_worker_failed",
+    "shutting_down": "shutting_down",
+    "model_loading": "loading",
+    "engine_stopped": "engine_stopped",
+}
 _FIRST_TOKEN_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _NEXT_TOKEN_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 _WHOLE_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
@@ -37,14 +48,19 @@ class Metrics:
         self.prompt_size = Histogram("trivium_request_prompt_tokens", "Prompt sizes.", buckets=_TOKENS, registry=r)
         self.answer_size = Histogram("trivium_request_generation_tokens", "Answer sizes.", buckets=_TOKENS, registry=r)
         self.finished = Counter(
-            "trivium_request_success", "Choices by how they ended.", ["finished_reason"], registry=r
+            "trivium_request_success",
+            "Choices by how they ended, as clients are told.",
+            ["finished_reason"],
+            registry=r,
         )
-        self.rejected = Counter("trivium_requests_rejected", "Requests refused for load.", ["reason"], registry=r)
+        self.rejected = Counter("trivium_requests_rejected", "Requests answered 429 or 503.", ["reason"], registry=r)
         self.refused = Counter("trivium_connections_refused", "Connections ended by a cap.", ["reason"], registry=r)
         self.answered = Counter("trivium_http_requests", "Answers by status class.", ["status"], registry=r)
         self.cancelled = Counter("trivium_requests_cancelled", "Requests whose client went away.", registry=r)
         for reason in FINISH_REASONS:
             self.finished.labels(reason)
+        for reason in REJECTIONS.values():
+            self.rejected.labels(reason)
 
     def watch(self, gauges: Callable[[], dict[str, tuple[str, float]]], experts: Callable[[], object]) -> None:
         """Read ``gauges`` (name → help, value) and the tokens per expert whenever the metrics are asked for."""

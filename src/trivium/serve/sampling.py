@@ -60,10 +60,12 @@ def grammar_of(values: Mapping[str, Any]) -> Grammar | None:
 
 
 def refuse_undoing(values: Mapping[str, Any], param: str) -> None:
-    """A grammar ends the text where it is complete: no field may ask for more."""
-    for name in ("ignore_eos", "min_tokens"):
+    """A grammar ends the text where it is complete: no field may ask for more, and none may cut it before."""
+    for name in ("ignore_eos", "min_tokens", "stop", "stop_token_ids"):
         if values[name]:
-            raise invalid(name, f"{name} and {param} exclude each other: the text ends where {param} is complete")
+            why = "could cut it before" if name.startswith("stop") else "asks for more"
+            message = f"{name} and {param} exclude each other: a grammar says where the text ends, and {name} {why}"
+            raise invalid(name, message)
 
 
 def check_context(tokens: int, served: Served, param: str, *, room: int = 1) -> None:

@@ -8,10 +8,9 @@ from trivium.serve import fields as f
 from trivium.serve.errors import ApiError, invalid, shown
 from trivium.serve.fields import Field
 from trivium.serve.limits import Limits
-from trivium.serve.strict_json import parse
+from trivium.serve.messages import NAME_CHARS, message
 
 _HUGE = 2**31 - 1
-_NAME = 256
 
 
 def completion_fields(limits: Limits) -> tuple[Field, ...]:
@@ -58,11 +57,15 @@ def chat_fields(limits: Limits) -> tuple[Field, ...]:
             read=f.boolean,
             about="beyond OpenAI's; false leaves the assistant's begin out",
         ),
-        Field(name="tools", read=f.items(tool, 0, limits.tools), about="functions, by the model's own chat template"),
+        Field(
+            name="tools",
+            read=f.items(tool, 0, limits.tools),
+            about="functions, by the model's own chat template; strict or not: arguments always match the schema",
+        ),
         Field(name="tool_choice", read=tool_choice, about="none, auto, required, or one function by name"),
-        Field(name="parallel_tool_calls", read=f.boolean, default=True, about="false: one call at most"),
+        Field(name="parallel_tool_calls", read=f.boolean, about="needs tools; false: one call at most"),
         _user(),
-        Field(name="safety_identifier", read=f.text(_NAME), about="written to the access log as user is"),
+        Field(name="safety_identifier", read=f.text(NAME_CHARS), about="written to the access log as user is"),
         *_refused_chat(),
     )
 
@@ -82,28 +85,40 @@ def embedding_fields(limits: Limits) -> tuple[Field, ...]:
 def tokenize_fields(limits: Limits) -> tuple[Field, ...]:
     """``/tokenize``."""
     return (
-        Field(name="model", read=f.text(_NAME)),
+        Field(name="model", read=f.text(NAME_CHARS)),
         Field(name="prompt", read=f.text(limits.body_bytes), about="a text; or messages"),
         Field(
             name="messages", read=f.items(message(limits), 1, limits.messages), about="a chat, by the model's template"
         ),
-        Field(name="tools", read=f.items(tool, 0, limits.tools)),
-        Field(name="add_special_tokens", read=f.boolean, default=True, about="what the tokenizer adds to a text"),
-        _continuing(),
-        _beginning(),
+        Field(name="tools", read=f.items(tool, 0, limits.tools), about="needs messages, and a template with tools"),
+        Field(
+            name="add_special_tokens",
+            read=f.boolean,
+            about="needs prompt; what the tokenizer adds to a text, true unless told",
+        ),
+        Field(
+            name="continue_final_message",
+            read=f.boolean,
+            about="needs messages; beyond OpenAI's: up to the end of the last message, the assistant's",
+        ),
+        Field(
+            name="add_generation_prompt",
+            read=f.boolean,
+            about="needs messages; beyond OpenAI's: whether an answer is begun; true unless continue_final_message is",
+        ),
     )
 
 
 def detokenize_fields(limits: Limits) -> tuple[Field, ...]:
     """``/detokenize``."""
     return (
-        Field(name="model", read=f.text(_NAME)),
+        Field(name="model", read=f.text(NAME_CHARS)),
         Field(name="tokens", read=token_ids(limits), required=True),
     )
 
 
 def _model() -> Field:
-    return Field(name="model", read=f.text(_NAME), about="the served name; any other is a 404")
+    return Field(name="model", read=f.text(NAME_CHARS), about="the served name; any other is a 404")
 
 
 def _continuing() -> Field:
@@ -111,13 +126,8 @@ def _continuing() -> Field:
     return Field(name="continue_final_message", read=f.boolean, default=False, about=about)
 
 
-def _beginning() -> Field:
-    about = "beyond OpenAI's: whether an answer is begun; true unless continue_final_message is"
-    return Field(name="add_generation_prompt", read=f.boolean, about=about)
-
-
 def _user() -> Field:
-    return Field(name="user", read=f.text(_NAME), about="written to the access log; nothing else depends on it")
+    return Field(name="user", read=f.text(NAME_CHARS), about="written to the access log; nothing else depends on it")
 
 
 def _streaming() -> tuple[Field, ...]:
@@ -149,7 +159,12 @@ def _sampling(limits: Limits) -> tuple[Field, ...]:
 def _grammar(limits: Limits) -> tuple[Field, ...]:
     source = f.text(limits.grammar_bytes, empty=False)
     return (
-        Field(name="response_format", read=response_format, about="text, json_object or json_schema"),
+        Field(
+            name="response_format",
+            read=response_format,
+            about="text, json_object or json_schema (strict or not: answers always match the schema; name: checked, "
+            "and nothing depends on it; description: refused, for the model is not shown it)",
+        ),
         Field(name="regex", read=source, about="beyond OpenAI's: the answer matches this expression"),
         Field(name="grammar", read=source, about="beyond OpenAI's: the answer matches this Lark grammar"),
         Field(name="chat_template", read=f.refused("templates come with the model"), honoured=False),
@@ -168,7 +183,7 @@ def _refused_chat() -> tuple[Field, ...]:
         ("prompt_cache_key", "prefixes are shared by their tokens, without a key", ()),
         ("prompt_cache_options", "prefixes are shared while there is room", ()),
         ("prompt_cache_retention", "prefixes are shared while there is room", ("in_memory",)),
-        ("reasoning_effort", "the model's template has no such setting", ()),
+        ("reasoning_effort", "the server passes no settings to templates", ()),
         ("service_tier", "there is one tier", ("auto", "default")),
         ("store", "nothing is stored", (False,)),
         ("verbosity", "ask for it in the prompt", ()),
@@ -268,7 +283,7 @@ def response_format(value: Any, param: str) -> dict[str, Any] | None:
         )
     inner = (
         Field(name="name", read=f.text(64, empty=False), required=True),
-        Field(name="description", read=f.text(4096)),
+        Field(name="description", read=f.refused("the model is not shown it; say it in a message", ""), honoured=False),
         Field(name="schema", read=f.mapping, default={}),
         Field(name="strict", read=f.boolean),
     )
@@ -284,7 +299,7 @@ def tool(value: Any, param: str) -> dict[str, Any]:
     )
     function = f.read_fields(f.mapping(value, param), table, f"{param}.")["function"]
     inner = (
-        Field(name="name", read=_function_name, required=True),
+        Field(name="name", read=f.function_name, required=True),
         Field(name="description", read=f.text(16384)),
         Field(name="parameters", read=f.mapping, default={"type": "object", "properties": {}}),
         Field(name="strict", read=f.boolean),
@@ -303,97 +318,5 @@ def tool_choice(value: Any, param: str) -> str | dict[str, Any]:
         Field(name="function", read=f.mapping, required=True),
     )
     found = f.read_fields(f.mapping(value, param), table, f"{param}.")
-    name = (Field(name="name", read=_function_name, required=True),)
+    name = (Field(name="name", read=f.function_name, required=True),)
     return f.read_fields(found["function"], name, f"{param}.function.")
-
-
-def _function_name(value: Any, param: str) -> str:
-    name = str(f.text(64, empty=False)(value, param))
-    if not all(letter.isascii() and (letter.isalnum() or letter in "_-.") for letter in name):
-        raise invalid(param, f"{param}={shown(name)}: expected letters, digits, '_', '-' and '.'")
-    return name
-
-
-def message(limits: Limits) -> f.Reader:
-    """One message, as the chat template is given it."""
-
-    def read(value: Any, param: str) -> dict[str, Any]:
-        body = f.mapping(value, param)
-        table = (
-            Field(name="role", read=f.choice("system", "developer", "user", "assistant", "tool"), required=True),
-            Field(name="content", read=_content),
-            Field(name="name", read=f.text(64)),
-            Field(name="tool_calls", read=f.items(_tool_call(limits), 1, 64)),
-            Field(name="tool_call_id", read=f.text(_NAME, empty=False)),
-            Field(name="refusal", read=f.refused("write it as content")),
-            Field(name="audio", read=f.refused("the models here read text only")),
-            Field(name="function_call", read=f.refused("use tool_calls")),
-        )
-        found = f.read_fields(body, table, f"{param}.")
-        role = found["role"]
-        if found["tool_calls"] is not None and role != "assistant":
-            raise invalid(f"{param}.tool_calls", f"{param}.tool_calls belongs to role assistant, not {role}")
-        if (found["tool_call_id"] is not None) != (role == "tool"):
-            raise invalid(
-                f"{param}.tool_call_id", f"{param}.tool_call_id belongs to role tool, and only there; role={role}"
-            )
-        if found["content"] is None and found["tool_calls"] is None:
-            raise ApiError(400, "missing_required_parameter", f"{param}.content is required", param=f"{param}.content")
-        found["role"] = "system" if role == "developer" else role
-        found["content"] = found["content"] or ""
-        return {name: entry for name, entry in found.items() if entry is not None}
-
-    return read
-
-
-def _content(value: Any, param: str) -> str:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise invalid(param, f"{param}={shown(value)}: expected a string or a list of text parts", "invalid_type")
-    parts = (
-        Field(name="type", read=_part_kind, required=True),
-        Field(name="text", read=f.text(1 << 30), required=True),
-    )
-    read = f.items(lambda part, name: f.read_fields(f.mapping(part, name), parts, f"{name}."), 1, 1024)
-    return "".join(part["text"] for part in read(value, param))
-
-
-def _part_kind(value: Any, param: str) -> str:
-    if value != "text":
-        why = "the models here read text only" if isinstance(value, str) else "expected text"
-        raise ApiError(400, "unsupported_content", f"{param}={shown(value)}: {why}", param=param)
-    return "text"
-
-
-def _arguments(limits: Limits) -> f.Reader:
-    """Templates want an object where OpenAI has its text, which is read as strictly as the body around it."""
-
-    def read(value: Any, param: str) -> dict[str, Any]:
-        raw = str(f.text(1 << 20)(value, param))
-        try:
-            return parse(raw.encode() or b"{}", limits)
-        except ApiError as error:
-            message = f"{param}={shown(raw)}: expected the text of a JSON object ({error.code})"
-            raise invalid(param, message) from None
-
-    return read
-
-
-def _tool_call(limits: Limits) -> f.Reader:
-    inner = (
-        Field(name="name", read=_function_name, required=True),
-        Field(name="arguments", read=_arguments(limits), required=True),
-    )
-    table = (
-        Field(name="id", read=f.text(_NAME, empty=False), required=True),
-        Field(name="type", read=f.choice("function"), default="function"),
-        Field(name="function", read=f.mapping, required=True),
-    )
-
-    def read(value: Any, param: str) -> dict[str, Any]:
-        found = f.read_fields(f.mapping(value, param), table, f"{param}.")
-        found["function"] = f.read_fields(found["function"], inner, f"{param}.function.")
-        return found
-
-    return read

@@ -129,7 +129,10 @@ class Server:
             await asyncio.sleep(_TICK_S)
         await self._drain()
         await server.shutdown(sockets=[self._socket])
+        for connection in list(server.server_state.connections):  # what is left after the second it waits for them
+            connection.transport.abort()
         await self._close_engine()
+        await asyncio.sleep(0)  # the loop closes what was aborted
         return self._code
 
     def _uvicorn(self) -> uvicorn.Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -39,14 +40,17 @@ class Service:
         self.fingerprint = "trivium"
         self.served: Served | None = None
         self.dialect: Dialect | None = None
+        self.control_ids: frozenset[int] = frozenset()
         self._bridge: Bridge | None = None
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="text")
         self._serial = itertools.count()
         self._bytes: dict[int, bytes] = {}
+        self._keys: Counter[int] = Counter()
 
     def start(self, served: Served, loop: asyncio.AbstractEventLoop) -> None:
         """The model is there: answer from now on."""
         self.dialect = dialect_of(served.template, dict(served.special or {}))
+        self.control_ids = frozenset((served.special or {}).values())
         self._bridge = Bridge(served.engine, slots=served.slots, limits=self.limits, metrics=self.metrics, loop=loop)
         self.served = served
 
@@ -78,6 +82,32 @@ class Service:
         if self.served is None:
             raise ApiError(503, "model_loading", f"the model {self.name} is still loading")
         return self.served
+
+    @property
+    def able(self) -> bool:
+        """Whether requests are taken: the model is loaded, its engine runs, and the server is not stopping."""
+        served, bridge = self.served, self._bridge
+        if served is None or bridge is None:
+            return False
+        return served.engine.alive and bridge.failed is None and not bridge.draining
+
+    @contextmanager
+    def under_way(self, key: int) -> Iterator[None]:
+        """Count a request of ``key`` (−1: no keys are asked for) until the block is left, however it is left.
+
+        Raises ApiError 429 where the key has as many as it may have.
+        """
+        if key < 0:
+            yield
+            return
+        if self._keys[key] >= self.limits.per_key:
+            message = f"this key has {self._keys[key]} requests under way; at most {self.limits.per_key} are allowed"
+            raise ApiError(429, "concurrency_limit_exceeded", message, headers={"Retry-After": "1"})
+        self._keys[key] += 1
+        try:
+            yield
+        finally:
+            self._keys[key] -= 1
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 for any name but the served one's."""
@@ -193,7 +223,7 @@ class Service:
         self, exchange: Exchange, requests: Sequence[Request], constraint: GrammarConstraint | None = None
     ) -> Iterator[Job]:
         """Start ``requests`` as one job; at the end its tokens are noted. A grammar's own failure is a 400."""
-        job = self.bridge.start(requests, exchange.key)
+        job = self.bridge.start(requests, arrived_s=exchange.started_s)
         prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
         self.metrics.prompt_tokens.inc(prompt_tokens)
         self.metrics.prompt_size.observe(prompt_tokens)
@@ -201,8 +231,8 @@ class Service:
             yield job
         except ApiError as error:
             if error.code == "generation_failed" and constraint is not None and constraint.failures:
-                message = f"the grammar is too complex to be used: {constraint.failures[0]}"
-                raise ApiError(400, "invalid_grammar", message) from None
+                message = f"{constraint.param} cannot be followed to its end: {constraint.failures[0]}"
+                raise invalid(constraint.param, message, "invalid_grammar") from None
             raise
         finally:
             if job.cancelled:

@@ -38,7 +38,7 @@ async def embed(service: Service, exchange: Exchange) -> None:
     values = await exchange.fields(embedding_fields(service.limits))
     service.note(exchange, values)
     service.check_model(values["model"])
-    service.bridge.refuse_if_full(exchange.key, len(values["input"]))
+    service.bridge.refuse_if_full(len(values["input"]))
     prompts = await service.prompt_tokens(values["input"], "input")
     for index, prompt in enumerate(prompts):
         check_context(len(prompt), served, f"input[{index}]", room=0)
@@ -52,6 +52,7 @@ async def embed(service: Service, exchange: Exchange) -> None:
     with service.generating(exchange, requests) as job, exchange.watched(job):
         while batch := await job.take():
             for delta in batch:
+                job.told(delta.finish_reason)
                 if delta.collected is not None and delta.collected.hidden is not None:
                     vectors[job.order[delta.request_id]] = _pooled(delta.collected.hidden, values["pooling"])
         if job.cancelled:
@@ -86,17 +87,26 @@ async def tokenize(service: Service, exchange: Exchange) -> None:
         service.check_model(values["model"])
     if (values["prompt"] is None) == (values["messages"] is None):
         raise invalid("prompt", "send either prompt or messages")
-    if values["messages"] is not None:
+    text = values["prompt"] is not None
+    needs = "messages" if text else "prompt"
+    for name in ("tools", "continue_final_message", "add_generation_prompt") if text else ("add_special_tokens",):
+        if values[name] is not None:
+            raise invalid(name, f"{name} needs {needs}: with {'prompt' if text else 'messages'} it changes nothing")
+    if not text:
+        if values["tools"] and served.template is not None and service.dialect is None:
+            message = "the model's chat template does not say how it calls tools"
+            raise ApiError(400, "unsupported_parameter", message, param="tools")
         tokens = await service.chat_tokens(
             values["messages"],
             tools=values["tools"],
             prompt=values["add_generation_prompt"],
-            onward=values["continue_final_message"],
+            onward=bool(values["continue_final_message"]),
         )
     elif values["prompt"] == "":
         tokens = []
     else:
-        tokens = await service.encode(values["prompt"], param="prompt", special=values["add_special_tokens"])
+        special = values["add_special_tokens"] is not False
+        tokens = await service.encode(values["prompt"], param="prompt", special=special)
     await exchange.reply_json({"count": len(tokens), "max_model_len": served.max_positions, "tokens": tokens})
 
 

@@ -1,17 +1,30 @@
-"""Tool calls in the model's own dialect: the grammar that makes them valid, and the reader that finds them in text."""
+"""Tool calls in the model's own dialect, and the grammar that makes them valid; `tool_reader` finds them in answers."""
 
 from __future__ import annotations
 
 import json
-import secrets
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from trivium.serve.compilation import with_layout
 from trivium.serve.errors import ApiError, invalid
-from trivium.serve.grammar import Grammar, with_layout
+from trivium.serve.grammar import Grammar
 
 Choice = Literal["auto", "required"]
+
+
+# A call in plain JSON, as a template shows it: "name" and, soon after, the key of the arguments. With a "description"
+# between the two it is a tool's definition.
+_CALL = re.compile(
+    r"""\\?["']name\\?["']\s*:(?:(?!["']description\\?["']).){0,300}?\\?["'](arguments|parameters)\\?["']\s*:""",
+    re.DOTALL,
+)
+# What a call stands in, with only the template's own marks between: a list, or another object's value.
+_HOLDER = re.compile(r"""(\[|["']\s*:)(?:\s|\\n|\{%[^%]*%\}|\{\{-?|-?\}\}|[+~"'\\])*(?:\{(?:\s|\\n|["'\\])*)?\Z""")
+# Calls that are marked in ways not known here, or are no JSON inside of marks that are.
+_FOREIGN = re.compile(r"<tool_call>(?:\s|\\n)*\[|<[|｜][^<>|｜]*tool[_▁]call|<function=|<arg_key>|\[ARGS\]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +32,7 @@ class Dialect:
     """How a model writes a call: ``trigger``, then ``{"name": "…", "<key>": {…}}``, then ``end``.
 
     ``between`` parts one call from the next (empty: one call at most). ``trigger_id``: the trigger is a control token,
-    which does not appear in text.
+    which does not appear in text. Without a trigger only an answer that begins with a call holds calls.
     """
 
     trigger: str
@@ -35,19 +48,32 @@ class Dialect:
 
 
 def dialect_of(template: str | None, special: dict[str, int]) -> Dialect | None:
-    """How the model whose chat template this is calls tools; None where the template knows of none."""
-    if template is None or "tools" not in template:
+    """How the model whose chat template this is calls tools; None where the template shows no form known here."""
+    if template is None or "tools" not in template or _FOREIGN.search(template):
         return None
+    plain = _plain_key(template)
     if "<tool_call>" in template:
         found = ("<tool_call>", "\n", "arguments", "}\n</tool_call>", "\n")
     elif "[TOOL_CALLS]" in template:
         found = ("[TOOL_CALLS]", "[", "arguments", "}]", "")
-    elif '"parameters"' in template or "<|python_tag|>" in template:
-        found = ("", "", "parameters", "}", "; ")
+    elif plain is not None:
+        found = ("", "", plain, "}", "; " if plain == "parameters" else "\n")
     else:
-        found = ("", "", "arguments", "}", "\n")
+        return None
     trigger, lead, key, end, between = found
     return Dialect(trigger=trigger, lead=lead, key=key, end=end, between=between, trigger_id=special.get(trigger))
+
+
+def _plain_key(template: str) -> str | None:
+    """The key of the arguments in the first call in plain JSON; None without one, or where calls stand in a list."""
+    keys = []
+    for call in _CALL.finditer(template):
+        holder = _HOLDER.search(template[max(call.start() - 400, 0) : call.start()])
+        if holder is None:
+            keys.append(call[1])
+        elif holder[1] == "[":
+            return None
+    return keys[0] if keys else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,119 +146,3 @@ def _schema(tool: dict[str, Any], index: int) -> dict[str, Any]:
 
 def _quoted(text: str) -> str:
     return json.dumps(text) if text else ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """The beginning of a call, or (``name`` None) more of its arguments."""
-
-    index: int
-    id: str | None = None
-    name: str | None = None
-    arguments: str = ""
-
-
-class ToolReader:
-    """Parts text into content and calls as it comes; what may be the beginning of a call is held back."""
-
-    def __init__(self, plan: ToolPlan) -> None:
-        dialect = plan.dialect
-        self._trigger = "" if dialect.trigger_id is not None else dialect.trigger
-        self._begins = {dialect.begin(name): name for name in plan.names}
-        self._end = dialect.end
-        self._between = dialect.between + " \n"
-        self._held = ""
-        self._state: Literal["text", "head", "arguments", "tail"] = "text"
-        self._depth = 0
-        self._quoted = self._escaped = False
-        self.calls = 0
-
-    def push(self, text: str) -> tuple[str, list[Call]]:
-        """The content that is certain by now, and what came of calls."""
-        self._held += text
-        content: list[str] = []
-        found: list[Call] = []
-        while self._step(content, found):
-            pass
-        return "".join(content), found
-
-    def flush(self) -> str:
-        """At the end: what was held back and was no call."""
-        rest, self._held = (self._held, "") if self._state in ("text", "head") else ("", "")
-        return rest
-
-    def _step(self, content: list[str], found: list[Call]) -> bool:
-        if self._state == "text":
-            return self._text(content)
-        if self._state == "head":
-            return self._head(content, found)
-        if self._state == "arguments":
-            return self._arguments(found)
-        return self._tail()
-
-    def _text(self, content: list[str]) -> bool:
-        triggers = [self._trigger + begin for begin in self._begins]
-        at, hold = _first(self._held, triggers)
-        text = self._held[:at]
-        if self.calls:
-            text = text.strip(self._between)  # what parts one call from the next
-        if text:
-            content.append(text)
-        self._held = self._held[at:]
-        if not self._held or hold:
-            return False
-        self._state = "head"
-        return True
-
-    def _head(self, content: list[str], found: list[Call]) -> bool:
-        for begin, name in self._begins.items():
-            whole = self._trigger + begin
-            if self._held.startswith(whole):
-                self._held = self._held[len(whole) :]
-                found.append(Call(index=self.calls, id=f"call_{secrets.token_hex(12)}", name=name))
-                self.calls += 1
-                self._state, self._depth = "arguments", 0
-                return True
-        return False
-
-    def _arguments(self, found: list[Call]) -> bool:
-        for place, letter in enumerate(self._held):
-            if self._escaped:
-                self._escaped = False
-            elif self._quoted:
-                self._escaped = letter == "\\"
-                self._quoted = letter != '"'
-            elif letter == '"':
-                self._quoted = True
-            elif letter in "{[":
-                self._depth += 1
-            elif letter in "}]":
-                self._depth -= 1
-                if self._depth == 0:
-                    found.append(Call(index=self.calls - 1, arguments=self._held[: place + 1]))
-                    self._held = self._held[place + 1 :]
-                    self._state = "tail"
-                    return True
-        if self._held:
-            found.append(Call(index=self.calls - 1, arguments=self._held))
-            self._held = ""
-        return False
-
-    def _tail(self) -> bool:
-        if len(self._held) < len(self._end):
-            return False
-        self._held = self._held.removeprefix(self._end)
-        self._state = "text"
-        return True
-
-
-def _first(text: str, patterns: Sequence[str]) -> tuple[int, bool]:
-    """Where the first of ``patterns`` stands whole (False), or where one may be beginning at the end (True)."""
-    whole = min((at for at in (text.find(pattern) for pattern in patterns) if at >= 0), default=-1)
-    longest = max(map(len, patterns))
-    for at in range(max(0, len(text) - longest + 1), len(text)):
-        if 0 <= whole <= at:
-            break
-        if any(pattern.startswith(text[at:]) for pattern in patterns):
-            return at, True
-    return (whole, False) if whole >= 0 else (len(text), False)
