@@ -27,7 +27,7 @@ class Cell:
     stage: int = 3
     units: str = "auto"
     bucket_bytes: int = 2**20
-    accumulation: int = 1
+    accumulation: int | tuple[int, ...] = 1
     no_sync: bool = False
     average: bool = True
     optimizer: str = "adamw"
@@ -36,6 +36,14 @@ class Cell:
     prefetch: int = 1
     clip: float | None = None
     steps: int = 2
+
+    def accumulation_at(self, step: int) -> int:
+        """Micro-batches of this step on each rank: a tuple says one number per step, over and over."""
+        return (
+            self.accumulation
+            if isinstance(self.accumulation, int)
+            else self.accumulation[step % len(self.accumulation)]
+        )
 
     def options(self) -> dict[str, Any]:
         """The keywords of `zero.shard`."""
@@ -65,6 +73,11 @@ def listed(optimizer: Any) -> list[Any]:
     return optimizer if isinstance(optimizer, list) else [optimizer]
 
 
+def numbered(cell: Cell, step: int, accumulated: int, rank: int, size: int) -> int:
+    """The number of a micro-batch of ``cell``: after those of all steps before."""
+    return sum(map(cell.accumulation_at, range(step))) * size + number_of(0, accumulated, rank, size, 1)
+
+
 def number_of(step: int, accumulated: int, rank: int, size: int, accumulation: int) -> int:
     """Micro-batches are numbered (accumulation index)·N + rank."""
     return (step * accumulation + accumulated) * size + rank
@@ -77,9 +90,9 @@ def train_sharded(
     model, optimizer = tv.zero.shard(model, optimizer, mesh, **cell.options())
     norms = []
     for step in range(cell.steps):
-        for index in range(cell.accumulation):
-            number = number_of(step, index, mesh.data_rank, mesh.data_size, cell.accumulation)
-            if cell.no_sync and index + 1 < cell.accumulation:
+        for index in range(cell.accumulation_at(step)):
+            number = numbered(cell, step, index, mesh.data_rank, mesh.data_size)
+            if cell.no_sync and index + 1 < cell.accumulation_at(step):
                 with tv.zero.no_sync(model):
                     loss(model, number).backward()
             else:
@@ -126,15 +139,13 @@ def summed_gradients(
                 before = total[index]
                 total[index] = gradient.clone() if before is None else before.add_(gradient)
 
-    every = [
-        [number_of(step, index, rank, size, cell.accumulation) for index in range(cell.accumulation)]
-        for rank in range(size)
-    ]
+    accumulation = cell.accumulation_at(step)
+    every = [[numbered(cell, step, index, rank, size) for index in range(accumulation)] for rank in range(size)]
     if cell.no_sync:
         for numbers in every:
             fold(gradients(numbers))
     else:
-        for index in range(cell.accumulation):
+        for index in range(accumulation):
             for rank in range(size):
                 fold(gradients([every[rank][index]]))
     return total

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.clock import Since
-from tests.worlds import Launch, Worlds
+from tests.worlds import ROOT, Worlds, child_environment, free_port
 from tests.zero.diverging_cases import ROUTES
 
 CASES = "tests.zero.diverging_cases"
@@ -64,16 +65,29 @@ def test_a_backward_that_broke_off_with_reductions_on_their_way_leaves_nothing(w
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_killed_rank_ends_the_others(launch: Launch, stage: int) -> None:
-    """T27: in the middle of gathers (stage 3) and of the exchange of gradients."""
-    launched = launch(["-m", "tests.zero.endless", str(stage)], ranks=2, env={"TORCHELASTIC_ERROR_FILE": ""})
-    pids = launched.rank_pids()
-    deadline = time.monotonic() + 240
-    while "step 3" not in launched.stdout:
-        assert time.monotonic() < deadline, launched.stderr
-        time.sleep(0.05)
-    os.kill(pids[1], signal.SIGKILL)
-    since = Since()
-    assert launched.wait(timeout=240) != 0
-    assert since.seconds() < 10
-    assert "rank 1" in launched.stderr or "Signal 9" in launched.stderr
+def test_a_killed_rank_is_named_by_the_others(tmp_path: Path, stage: int) -> None:
+    """T27: in the middle of gathers (stage 3) and of the exchange of gradients. No launcher ends the survivor here."""
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    out, err = tmp_path / "out", tmp_path / "err"
+    command = [sys.executable, "-m", "tests.zero.endless", str(stage)]
+    ranks: list[subprocess.Popen[bytes]] = []
+    with out.open("wb") as told, err.open("wb") as said:
+        try:
+            for rank in ("0", "1"):
+                place = child_environment({**world, "RANK": rank, "LOCAL_RANK": rank})
+                streams = {"stdout": told, "stderr": said} if rank == "0" else {"stdout": subprocess.DEVNULL}
+                ranks.append(subprocess.Popen(command, cwd=ROOT, env=place, **streams))
+            deadline = time.monotonic() + 240
+            while b"step 3" not in out.read_bytes():
+                assert time.monotonic() < deadline and ranks[0].poll() is None, err.read_text()
+                time.sleep(0.05)
+            ranks[1].kill()
+            since = Since()
+            assert ranks[0].wait(timeout=240) != 0
+            assert since.seconds() < 10
+        finally:
+            for one in ranks:
+                one.kill()
+                one.wait()
+    last = [line for line in err.read_text().splitlines() if "RankError" in line]
+    assert last and "rank 1" in last[-1], err.read_text()

@@ -46,6 +46,19 @@ def test_hybrid_kept_and_several_optimizers(world: Worlds, size: int) -> None:
     )
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_number_of_micro_batches_may_change_from_step_to_step(world: Worlds, size: int) -> None:
+    """Also from one, after which sums were not kept, to several."""
+    report(
+        world,
+        size,
+        [
+            Cell(stage=stage, accumulation=(1, 2, 1, 3), steps=4, shard_size=shard_size)
+            for stage, shard_size in ((0, None), (1, None), (2, None), (3, None), (3, 1))
+        ],
+    )
+
+
 @st.composite
 def cells(draw: st.DrawFn, size: int) -> Cell:
     return Cell(
@@ -53,7 +66,7 @@ def cells(draw: st.DrawFn, size: int) -> Cell:
         stage=draw(st.integers(0, 3)),
         units=draw(st.sampled_from(["auto", "root", "leaves", "all"])),
         bucket_bytes=draw(st.sampled_from(BUCKETS)),
-        accumulation=draw(st.integers(1, 3)),
+        accumulation=draw(st.integers(1, 3) | st.tuples(*[st.integers(1, 3)] * 3)),
         no_sync=draw(st.booleans()),
         average=draw(st.booleans()),
         optimizer=draw(st.sampled_from(["adamw", "adam", "sgd", "muon"])),
@@ -67,7 +80,7 @@ def cells(draw: st.DrawFn, size: int) -> Cell:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_any_cell(world: Worlds, size: int) -> None:
-    @settings(max_examples=12)
+    @settings(max_examples=6)
     @given(some=st.lists(cells(size), min_size=5, max_size=5))
     def check(some: list[Cell]) -> None:
         report(world, size, some)

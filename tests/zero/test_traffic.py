@@ -47,6 +47,9 @@ def test_gathering_the_next_overlaps_computing_this_one(world: Worlds) -> None:
     for number in range(3, 0, -1):
         assert events.index(f"gather layers.{number} backward") < events.index(f"gather layers.{number - 1} backward")
     assert sum(event.startswith("gather layers.0") for event in events) == 2
+    for number in range(3, 0, -1):
+        assert events.index(f"gather layers.{number - 1} backward") < events.index(f"backward layers.{number}")
+        assert events.index(f"launch layers.{number}") < events.index(f"end layers.{number - 1}")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="network namespaces are Linux's")

@@ -87,3 +87,33 @@ def test_j_parameters_seen_twice_are_reduced_once(world: Worlds, reentrant: bool
 def test_k_one_message_per_unit_and_pass(world: Worlds) -> None:
     for calls, most in world(2).run(CASES, "few_large_messages"):
         assert calls <= most
+
+
+@pytest.mark.parametrize("units", ["auto", "leaves", "all"])
+def test_l_modules_that_read_their_children_are_not_cut(world: Worlds, units: str) -> None:
+    assert world(2).run(CASES, "readers", units) == [[], []]
+
+
+def test_m_a_unit_that_is_read_and_never_called_is_named(world: Worlds) -> None:
+    for as_it_is, as_one in world(2).run(CASES, "never_called"):
+        assert as_one == "no error"
+        assert as_it_is.startswith("ConfigError: layers.0.weight was read, as NaN") and "units=" in as_it_is
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn])
+def test_n_frozen_weights_of_any_dtype(world: Worlds, dtype: torch.dtype) -> None:
+    assert world(2).run(CASES, "stored", dtype) == [[True] * 4] * 2
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("sparse", "1 is Embedding(sparse=True)"),
+        ("complex", "phase is torch.complex64"),
+        ("lazy", "1.weight has no shape yet"),
+        ("optimizer", "shard got dict as an optimizer"),
+    ],
+)
+def test_o_what_cannot_be_sharded_is_refused_by_name(world: Worlds, what: str, told: str) -> None:
+    for said in world(2).run(CASES, "refused", what):
+        assert said.startswith(f"ConfigError: {told}")

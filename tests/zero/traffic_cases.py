@@ -79,7 +79,10 @@ def volume(mesh: Any, recompute: str = "", shape: dict[str, Any] | None = None) 
 
 
 def order_of_work(mesh: Any) -> list[str]:
-    """Gathers as they are issued and layers as they compute, in one step at stage 3 after two others."""
+    """Gathers and reductions as they are issued and layers as they compute, in one step at stage 3 after two others.
+
+    ``backward`` and ``end``: a gradient has come to a layer's last product, and to its input.
+    """
     model, optimizer = start(mesh, stage=3, bare={"layers": 4, "dim": 32, "vocabulary": 4000})
     engine = engine_of(model)
     events: list[str] = []
@@ -96,6 +99,22 @@ def order_of_work(mesh: Any) -> list[str]:
 
             flat.start_gather = start_gather  # type: ignore[method-assign]
         unit.module.register_forward_pre_hook(lambda module, args, name=unit.name: events.append(f"compute {name}"))
+    for number, layer in enumerate(model.layers):  # type: ignore[arg-type]
+        name = f"layers.{number}"
+        layer.down.register_forward_hook(lambda module, args, out, name=name: note(out, f"backward {name}"))
+        layer.register_forward_pre_hook(lambda module, args, name=name: note(args[0], f"end {name}"))
+
+    def note(tensor: torch.Tensor, event: str) -> None:
+        tensor.register_hook(lambda gradient: events.append(event))
+
+    names = {id(flat): unit.name for unit in engine.units for flat in unit.flats}
+    send = engine.reducer._send_next
+
+    def send_next() -> None:
+        events.append(f"launch {names[id(engine.reducer._jobs[0].flat)]}")
+        send()
+
+    engine.reducer._send_next = send_next  # type: ignore[method-assign]
     step(mesh, model, optimizer, 3)
     return events
 
@@ -157,18 +176,24 @@ def buffers(mesh: Any, vocabulary: int) -> list[int]:
     return found
 
 
-def growth(mesh: Any, stage: int) -> tuple[int, int]:
-    """Resident bytes gained over twenty steps after ten, and what the meter gained."""
+def growth(mesh: Any, stage: int) -> tuple[int, int, bool]:
+    """Resident bytes gained over twenty steps after ten, and what the meter gained since the second."""
     model, optimizer = start(
         mesh, stage=stage, bare={"dim": 128, "layers": 4, "vocabulary": 2000}, bucket_bytes=1 << 18
     )
-    for number in range(10):
-        step(mesh, model, optimizer, number, 2)
     meter, process = tv.zero.meter_of(model), psutil.Process()
-    resident, counted = process.memory_info().rss, meter.live_bytes()
+    for number in range(2):
+        step(mesh, model, optimizer, number, 2)
+    counted = meter.live_bytes()
+    meter.reset_peak()
+    step(mesh, model, optimizer, 2, 2)
+    peak = meter.by_label(peak=True)
+    for number in range(3, 10):
+        step(mesh, model, optimizer, number, 2)
+    resident = process.memory_info().rss
     for number in range(10, 30):
         step(mesh, model, optimizer, number, 2)
-    return process.memory_info().rss - resident, meter.live_bytes() - counted
+    return process.memory_info().rss - resident, meter.live_bytes() - counted, meter.by_label(peak=True) == peak
 
 
 @dataclass(frozen=True, kw_only=True)

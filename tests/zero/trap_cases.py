@@ -200,3 +200,123 @@ def _model_that_differs(what: str, last: bool) -> tuple[nn.Module, Any, dict[str
     if what == "units":
         options["units"] = [model[0]] if last else [model[1]]
     return model, kind(model.parameters(), lr=0.1), options
+
+
+class Readers(nn.Module):
+    """torch's own modules that read their children without calling them, and lists that nobody can call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(zoo.DIM, 128)
+        self.attention = nn.MultiheadAttention(128, 2, batch_first=True)
+        self.encoder = nn.TransformerEncoderLayer(128, 2, 16, dropout=0.0, batch_first=True)
+        self.decoder = nn.TransformerDecoderLayer(128, 2, 16, dropout=0.0, batch_first=True)
+        self.pairs = nn.ModuleList([nn.ModuleList([nn.Linear(128, 8), nn.Linear(8, 128)]) for _ in range(2)])
+        self.named = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(128, 8), "down": nn.Linear(8, 128)})])
+        self.scales = nn.ModuleList([nn.ParameterList([nn.Parameter(torch.ones(128))])])
+        fused = vars(nn).get("LinearCrossEntropyLoss")  # torch 2.13 and later
+        self.loss = None if fused is None else fused(128, 600)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)[None]
+        y = y + self.attention(y, y, y, need_weights=False)[0]
+        y = self.decoder(self.encoder(y), y)
+        for up, down in self.pairs:  # type: ignore[misc]
+            y = y + down(F.gelu(up(y)))
+        for layer in self.named:
+            y = y + layer["down"](F.gelu(layer["up"](y)))  # type: ignore[index]
+        y = y * self.scales[0][0]  # type: ignore[index]
+        if self.loss is None:
+            return y.square().mean()
+        targets = torch.arange(y.shape[1]) % 600
+        result: torch.Tensor = self.loss(y[0], targets)
+        return result
+
+
+def readers(mesh: Any, units: str) -> list[str]:
+    """(l) Training and evaluation (torch's fast path) of such a model, beside one process."""
+    models = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        models.append(Readers())
+
+    def loss(model: nn.Module, number: int) -> torch.Tensor:
+        result: torch.Tensor = model(zoo.batch(number))
+        return result
+
+    cell = Cell(stage=3, steps=2, units=units)
+    optimizer, _ = oracle.train_sharded(mesh, cell, models[0], torch.optim.SGD(models[0].parameters(), lr=0.1), loss)
+    alone = torch.optim.SGD(models[1].parameters(), lr=0.1)
+    oracle.train_alone(mesh.size, cell, models[1], alone, loss)
+    found = oracle.differences(models[0], optimizer, models[1], alone)
+    with torch.no_grad():
+        one, other = (loss(model.eval(), 7) for model in models)
+    return found if oracle.same(one, other) else [*found, f"evaluated to {one} instead of {other}"]
+
+
+class Reads(nn.Module):
+    """A root that uses a projection's weight without calling the projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(zoo.DIM, 4)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.layers[0].weight).sum()  # type: ignore[arg-type]
+
+
+def never_called(mesh: Any) -> tuple[str, str]:
+    """(m) Training such a model as it is, and with the root as its only unit."""
+    said = []
+    for units in ("auto", []):
+        model = Reads()
+        model, _ = tv.zero.shard(model, torch.optim.SGD(model.parameters(), lr=0.1), mesh, stage=3, units=units)
+        said.append(message_of(lambda model=model: model(zoo.batch(0)).backward()))
+    return said[0], said[1]
+
+
+class Stored(nn.Module):
+    """A frozen weight in a dtype that has no NaN, or no arithmetic, beside a trained layer."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.stored = nn.Parameter(torch.arange(zoo.DIM).to(dtype), requires_grad=False)
+        self.last = nn.Linear(zoo.DIM, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(x * self.stored.float()).square().mean()
+
+
+def stored(mesh: Any, dtype: torch.dtype) -> list[bool]:
+    """(n) At stages 0 and 3: whether the loss is that of one process, and the weight comes back."""
+    found = []
+    for stage in (0, 3):
+        torch.manual_seed(5)
+        model, alone = Stored(dtype), Stored(dtype)
+        alone.load_state_dict(model.state_dict())
+        trained = torch.optim.SGD(model.last.parameters(), lr=0.1)
+        model, optimizer = tv.zero.shard(model, trained, mesh, stage=stage)
+        loss = model(zoo.batch(0))
+        loss.backward()
+        optimizer.step()
+        full = tv.zero.full_state_dict(model)
+        same = not full or oracle.same(full["stored"], alone.stored.detach())
+        found += [oracle.same(loss.detach(), alone(zoo.batch(0)).detach()), same]
+    return found
+
+
+def refused(mesh: Any, what: str) -> str:
+    """(o) What shard says of a model or an optimizer that cannot be sharded."""
+    model: nn.Module = nn.Sequential(nn.Linear(2, 2))
+    optimizer: Any = None
+    if what == "sparse":
+        model.append(nn.Embedding(5, 2, sparse=True))  # type: ignore[operator]
+    if what == "complex":
+        model.register_parameter("phase", nn.Parameter(torch.ones(4, dtype=torch.complex64)))
+    if what == "lazy":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.append(nn.LazyLinear(4))  # type: ignore[operator]
+    if what == "optimizer":
+        optimizer = {"lr": 1}
+    return message_of(lambda: tv.zero.shard(model, optimizer, mesh))

@@ -25,6 +25,8 @@ def parse_bytes(text: str | int) -> int:
         if isinstance(text, bool) or text < 0:
             raise ConfigError(f"{text!r}: expected a size in bytes, for example 80GB or 8GiB")
         return text
+    if not isinstance(text, str):
+        raise ConfigError(f"{text!r}: expected whole bytes, or a size such as 80GB or 8GiB")
     found = _QUANTITY.fullmatch(text)
     factor = _BY_LOWER.get(found[2].lower()) if found else None
     if found is None or factor is None:

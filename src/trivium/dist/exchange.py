@@ -26,23 +26,12 @@ from trivium.dist.uneven import exchange_rows, gather_rows
 Kind = Literal["auto", "flat", "hierarchical", "coordinated"]
 Counts = Sequence[Sequence[int]]
 
-# Provisional. Two runs of `trivium bench moe` on a loaded machine disagree: on 8 ranks one had the hierarchy ahead up
-# to 4 KiB a message, the other did not (docs/moe.md). Only used where hosts differ; measure again on a quiet machine.
-_CROSSOVERS = ((8, 4096),)
-
-
-def crossover_bytes(num_ranks: int) -> int:
-    """Below how many bytes per flat message `auto` takes the hierarchy; 0: never, as with few ranks."""
-    return max((num_bytes for least, num_bytes in _CROSSOVERS if num_ranks >= least), default=0)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ExchangeConfig:
     """How rows travel. ``kind``: ``flat``, one message to every rank; ``hierarchical``, inside a node of ``node``
     neighbouring ranks, then across nodes; ``coordinated``, experts spread over the tensor axis too, whose ranks hold
-    identical tokens; ``auto``, hierarchical where there are several nodes and a flat message would be shorter than
-    ``crossover_bytes`` (None: see `crossover_bytes`), else flat. ``node`` None: as many as share a
-    host.
+    identical tokens; ``auto``, flat, but hierarchical where ``crossover_bytes`` is given, there are several nodes and a
+    flat message would be shorter than that. ``node`` None: as many as share a host.
     """
 
     kind: Kind = "auto"
@@ -58,14 +47,31 @@ class ExchangeConfig:
             raise ConfigError(f"exchange.node={self.node}: expected the number of ranks of one node, or None")
         if self.crossover_bytes is not None and self.crossover_bytes < 0:
             raise ConfigError(f"exchange.crossover_bytes={self.crossover_bytes}: expected 0 or more")
+        if self.kind == "flat" and self.node is not None:
+            raise ConfigError(
+                f"exchange.node={self.node} has no effect with kind='flat': leave it out, or take 'hierarchical'"
+            )
+        if self.kind == "auto" and self.node is not None and self.crossover_bytes is None:
+            raise ConfigError(
+                f"exchange.node={self.node} has no effect with kind='auto', which is flat unless exchange.crossover_bytes "
+                "is given: give it, or take 'hierarchical'"
+            )
+        if self.kind != "auto" and self.crossover_bytes is not None:
+            raise ConfigError(
+                f"exchange.crossover_bytes={self.crossover_bytes} has no effect with kind={self.kind!r}: it is where "
+                "'auto' changes from hierarchical to flat; leave it out, or take 'auto'"
+            )
 
 
 class Exchange(ABC):
     """One way to exchange rows. Every method is collective over the ranks that take part.
 
     ``sources`` ranks have rows of their own, this one is ``source`` of them, and ``ranks`` are their numbers in the
-    world; ``owners`` are those that work on rows, this one is ``owner`` of them.
+    world; ``owners`` are those that work on rows, this one is ``owner`` of them. ``compares``: some must have alike
+    rows, and the numbers agreed on hold a digest of them.
     """
+
+    compares = False
 
     def __init__(self, ranks: Sequence[int], source: int, owners: int, owner: int) -> None:
         self.ranks, self.source = tuple(ranks), source
@@ -180,6 +186,7 @@ class Coordinated(Exchange):
     """
 
     APART = 3
+    compares = True
 
     def __init__(self, inner: Exchange, tensor: Comm) -> None:
         super().__init__(inner.ranks, inner.source, inner.owners * tensor.size, inner.owner * tensor.size + tensor.rank)
@@ -261,16 +268,15 @@ def make_exchange(mesh: Mesh, comm: Comm, config: ExchangeConfig, name: str = "m
             raise ConfigError("exchange='coordinated' needs a tensor axis: tp=1 here; use tv.init(tp=…), or 'flat'")
         inner = flat if config.node is None else _hierarchical(mesh, comm, config.node, name)
         return Coordinated(inner, mesh.channel(tensor, name))
-    if config.kind == "auto" and comm.size < 4:  # (G - 1) + (p/G - 1) is p - 1 or more
-        return flat
+    if config.kind == "auto" and (config.crossover_bytes is None or comm.size < 4):
+        return flat  # of fewer than 4 ranks, (G - 1) + (p/G - 1) is p - 1 or more
     node = _ranks_per_host(comm) if config.node is None else config.node
     if config.kind == "auto" and not 1 < node < comm.size:
         return flat
     hierarchical = _hierarchical(mesh, comm, node, name)
     if config.kind == "hierarchical":
         return hierarchical
-    limit = crossover_bytes(comm.size) if config.crossover_bytes is None else config.crossover_bytes
-    return BySize(flat, hierarchical, limit)
+    return BySize(flat, hierarchical, config.crossover_bytes or 0)
 
 
 def _hierarchical(mesh: Mesh, comm: Comm, node: int, name: str) -> Hierarchical:
@@ -284,7 +290,11 @@ def _hierarchical(mesh: Mesh, comm: Comm, node: int, name: str) -> Hierarchical:
 
 def _ranks_per_host(comm: Comm) -> int:
     """How many neighbours share a host, if every host has as many of them; else 1."""
-    hosts = comm.all_gather_json(socket.gethostname())
+    return _regular(comm.all_gather_json(socket.gethostname()))
+
+
+def _regular(hosts: Sequence[str]) -> int:
+    """How many neighbours are alike in every group of them; 1 where groups differ or a host comes twice."""
     size = hosts.count(hosts[0])
     regular = all(hosts[at] == hosts[at - at % size] for at in range(len(hosts)))
     return size if regular and len(hosts) % size == 0 and len(set(hosts)) * size == len(hosts) else 1

@@ -109,7 +109,7 @@ class Mesh:
         if inner < 1 or comm.size % inner:
             raise ConfigError(f"cannot cut axis {axis} of {comm.size} ranks into groups of {inner}")
         if inner == comm.size:
-            return comm, self._add(f"{axis}/across", [[rank] for rank in range(self.size)])
+            return comm, self._add(f"{axis}/alone", [[rank] for rank in range(self.size)])  # no name of another cut
         inside_rows, across_rows = split_rows(self._rows[axis], inner)
         return self._add(f"{axis}/{inner}", inside_rows), self._add(f"{axis}/{inner}/across", across_rows)
 

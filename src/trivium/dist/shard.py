@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from trivium.base.errors import ConfigError
+
 _ATTRIBUTE = "shard_map"
 
 
@@ -18,10 +20,24 @@ _ATTRIBUTE = "shard_map"
 class Placement:
     """Declared by a module as its attribute ``placement``: the mesh axis its parameters' gradients are reduced over.
 
-    ``axis`` is ``"dp"`` for ordinary modules and the expert-data axis for experts.
+    ``axis`` is ``"dp"`` for ordinary modules and the expert-data axis for experts. ``apart`` names another axis whose
+    ranks hold different ones too (a coordinated exchange's ``"tp"``): neither `zero` nor `checkpoint` reaches those.
     """
 
     axis: str = "dp"
+    apart: str | None = None
+
+
+def require_together(model: nn.Module, doing: str) -> None:
+    """Raise ConfigError where a placement inside ``model`` is ``apart``: data-parallel ranks do not hold all of it."""
+    for name, module in model.named_modules():
+        found = module.__dict__.get("placement")
+        if isinstance(found, Placement) and found.apart is not None:
+            raise ConfigError(
+                f"{doing}: {name or type(module).__name__} is spread over the {found.apart} axis "
+                f"(exchange='coordinated'), and the ranks of one data-parallel group hold only a part of it; build the "
+                "layer with exchange='flat' or 'hierarchical', which spread experts over ep alone"
+            )
 
 
 @dataclass(kw_only=True)

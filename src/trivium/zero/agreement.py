@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import xxhash
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from trivium.base.errors import ConfigError, MismatchError
@@ -24,6 +25,37 @@ from trivium.zero.units import FlatKey, UnitSpec, axis_of
 
 Group = tuple[str, tuple[int, ...]]
 """An axis, and the places among the data-parallel ranks of those that hold the same parameters along it."""
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ConfigError for parameters that cannot be cut, by name: of lazy modules, complex, with sparse gradients."""
+    for name, param in model.named_parameters():
+        if is_lazy(param):
+            raise ConfigError(f"{name} has no shape yet (a lazy module): run the model once before shard")
+        if param.is_complex():
+            raise ConfigError(
+                f"{name} is {param.dtype}: only real parameters can be sharded; keep torch.view_as_real of it and "
+                "view it as complex in forward"
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+            raise ConfigError(
+                f"{name or 'the model'} is {type(module).__name__}(sparse=True), whose gradient is sparse: a reduction "
+                "adds dense ones; build it with sparse=False"
+            )
+
+
+def listed(optimizer: object) -> list[Optimizer]:
+    """One optimizer, several or none as a list. Raises ConfigError for what is no torch.optim.Optimizer."""
+    many: list[Any] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+    many = [] if optimizer is None else many
+    for one in many:
+        if not isinstance(one, Optimizer):
+            raise ConfigError(
+                f"shard got {type(one).__name__} as an optimizer: expected a torch.optim.Optimizer, a list of them or "
+                "None"
+            )
+    return many
 
 
 def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:

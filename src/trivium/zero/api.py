@@ -22,10 +22,17 @@ from trivium.base import log
 from trivium.base.errors import ConfigError
 from trivium.dist.comm import Comm
 from trivium.dist.mesh import Mesh
-from trivium.dist.shard import Entry, Piece, attach_shard_map, shard_map_of
+from trivium.dist.shard import Entry, Piece, attach_shard_map, require_together, shard_map_of
 from trivium.memory.meter import Meter
 from trivium.memory.pages import recycled_pages
-from trivium.zero.agreement import agree_on_model, agree_on_units, agree_on_values, check_optimizers
+from trivium.zero.agreement import (
+    agree_on_model,
+    agree_on_units,
+    agree_on_values,
+    check_model,
+    check_optimizers,
+    listed,
+)
 from trivium.zero.engine import Engine
 from trivium.zero.flat import Comms, Flat
 from trivium.zero.hooks import install
@@ -110,7 +117,9 @@ def shard(
     config = _configure(config, options)
     if shard_map_of(model) is not None:
         raise ConfigError("this model is sharded already: shard a module once")
-    optimizers = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    require_together(model, "shard")
+    optimizers = listed(optimizer)
+    check_model(model)
     check_optimizers(model, optimizers)
     data = mesh.comm("dp")
     control = mesh.channel(data, "control")

@@ -11,7 +11,7 @@ for counts as -0.0, and the sum has the bits of a process that accumulated only 
 Ranks are folded one after another into the running sum, micro-batch after micro-batch: one process that runs all of
 them in turn
 adds in the same order. The average is one division of that sum, so with averaging the undivided sum is kept apart while
-gradients accumulate.
+gradients accumulate, and always where multiplying the average by the number of ranks would not give it back.
 
 [Note: no waiting in the dark]
 A piece of which a peer has not begun its side never ends. So pieces are queued, and waited for (`drive`) only where
@@ -36,7 +36,7 @@ import torch
 from trivium.dist.comm import Handle
 from trivium.memory.meter import Meter
 from trivium.zero.flat import Flat
-from trivium.zero.placement import ZeroConfig, piece_numel, pieces, slot_bytes, slot_copies
+from trivium.zero.placement import ZeroConfig, divides_exactly, piece_numel, pieces, slot_bytes, slot_copies
 
 Gradients = Sequence[torch.Tensor | None]
 _NUM_FLIGHTS = 2
@@ -74,6 +74,7 @@ class Reducer:
     def __init__(self, config: ZeroConfig, meter: Meter, flats: Sequence[Flat], num_ranks: int) -> None:
         self._config = config
         self._divisor = num_ranks if config.average else 1
+        self.keeps_sums = not divides_exactly(self._divisor)
         self._meter = meter
         self._flights: deque[_Flight] = deque()
         self._jobs: deque[_Job] = deque()
@@ -98,7 +99,7 @@ class Reducer:
         is an average.
         """
         key = id(flat)
-        apart = keep_sum or (accumulate and (self._config.average or not flat.row.gradient))
+        apart = keep_sum or self.keeps_sums or (accumulate and (self._config.average or not flat.row.gradient))
         if not accumulate:
             self._continues.discard(key)
         else:
@@ -112,7 +113,9 @@ class Reducer:
                     self._sums[key].mul_(self._divisor)
 
     def drop_sums(self) -> None:
-        """Free the running sums kept apart; the gradients stay."""
+        """Free the running sums kept apart, unless they are the only exact ones; the gradients stay."""
+        if self.keeps_sums:
+            return
         for total in self._sums.values():
             self._meter.add("sums", -total.numel() * total.element_size())
         self._sums.clear()

@@ -173,7 +173,7 @@ class Conductor:
                 self._join(rows)
                 continue
             raise MismatchError(
-                "ranks are in different phases: "
+                f"ranks are in different phases of {self._what}: "
                 + ", ".join(
                     f"rank {self._control.ranks[rank]} in {Meeting(row[0]).name.lower()}"
                     for rank, row in enumerate(rows)

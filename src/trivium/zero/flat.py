@@ -8,7 +8,8 @@ storage, backward
 would read the old one. So a flat has one storage for life: releasing resizes it to nothing, gathering fills the very
 same
 storage through an alias that shares no version counter with the parameters. A released parameter points to a single
-NaN expanded to its shape: reading it by accident gives NaN, never stale values and never a crash. On the CPU
+NaN (0 where its dtype has none) expanded to its shape: reading it by accident gives that, never stale values and never
+a crash. On the CPU
 under Linux the storage keeps its size and lends its pages instead: memory/pages [Note: recycled pages].
 """
 
@@ -51,6 +52,15 @@ class Comms:
         return (rank % self.inside.size) * self.across.size + rank // self.inside.size
 
 
+def nothing(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What a released parameter shows, 0-dim: NaN, or a number at the end of ``dtype``'s range where it has none."""
+    if dtype.is_floating_point:
+        filler: float = float("nan")
+    else:
+        filler = True if dtype == torch.bool else torch.iinfo(dtype).min or torch.iinfo(dtype).max
+    return torch.full((), filler, dtype=dtype, device=device)
+
+
 class Flat:
     """Parameters of one dtype, placement and optimizer, laid out end to end and cut into shards.
 
@@ -85,9 +95,7 @@ class Flat:
         self.gradient: torch.Tensor | None = None
         self.state = State.WHOLE
         self._handle: Handle | None = None
-        self.nan_views = tuple(
-            torch.full((), float("nan"), dtype=self.dtype, device=self.device).expand(s) for s in self.shapes
-        )
+        self.nan_views = tuple(nothing(self.dtype, self.device).expand(s) for s in self.shapes)
 
     def adopt(self) -> None:
         """Take the parameters' present values into the flat and keep what this rank holds of them."""

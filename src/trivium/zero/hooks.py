@@ -47,6 +47,7 @@ def install(engine: Engine) -> None:
 def _before(engine: Engine, unit: Unit, is_root: bool, module: nn.Module, args: Any, kwargs: Any) -> Any:
     if is_root:
         engine.begin_forward()
+    unit.called = True
     engine.enter(unit)
     changed = None
     if is_root and engine.scale.value != 1.0 and torch.is_grad_enabled() and not engine.recomputing:
@@ -132,6 +133,12 @@ def _after(engine: Engine, unit: Unit, is_root: bool, module: nn.Module, args: A
 
 
 def _arrive(engine: Engine, unit: Unit, flat: Any, index: int, param: torch.Tensor) -> None:
+    if not (unit.called or unit.whole):
+        raise ConfigError(
+            f"{flat.names[index]} was read, as NaN, while it was released: {unit.name} ({type(unit.module).__name__}) "
+            "is a unit, gathered when it is called, and something read its parameters without ever calling it. Pass "
+            "units= so that they belong to the module that reads them"
+        )
     engine.arrive(unit, flat, index)
 
 

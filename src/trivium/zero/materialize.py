@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from trivium.base.errors import ConfigError
-from trivium.zero.flat import Flat
+from trivium.zero.flat import Flat, nothing
 
 Init = Callable[[str, torch.Tensor], None]
 
@@ -33,8 +33,8 @@ def replace_meta(model: nn.Module, device: torch.device) -> dict[int, nn.Paramet
             if param is None or not param.is_meta:
                 continue
             if id(param) not in new:
-                nothing = torch.full((), float("nan"), dtype=param.dtype, device=device).expand(param.shape)
-                new[id(param)] = nn.Parameter(nothing, requires_grad=param.requires_grad)
+                empty = nothing(param.dtype, device).expand(param.shape)
+                new[id(param)] = nn.Parameter(empty, requires_grad=param.requires_grad)
                 replaced[id(new[id(param)])] = param
             module._parameters[name] = new[id(param)]
     return replaced

@@ -55,7 +55,7 @@ class ZeroConfig:
     ``reduce``: ``ordered`` adds ranks in rank order, bit-equal across stages; ``native`` is the backend's own.
     ``reduce_dtype``: ``float32`` adds 16-bit gradients in fp32; ``parameter`` adds in their own dtype.
     ``gradient_dtype``: what reduced gradients are kept in: the parameters' dtype, or ``float32``.
-    ``average``: divide the sum over ranks by their number.
+    ``average``: divide the sum over ranks by their number. No key of ``[zero]``: the trainer divides by tokens.
     ``loss_scale``: ``dynamic`` (fp16 parameters), a fixed number, or ``auto``: dynamic for fp16, 1 otherwise.
     """
 
@@ -195,6 +195,14 @@ def slot_copies(ranks: int) -> int:
 def pieces(part_numel: int, step: int) -> list[tuple[int, int]]:
     """Ranges (start, length) of at most ``step`` elements that make up a part."""
     return [(start, min(step, part_numel - start)) for start in range(0, part_numel, step)]
+
+
+def divides_exactly(ranks: int) -> bool:
+    """Whether a sum divided by ``ranks`` and multiplied again has its bits back. If not, averages keep it beside.
+
+    Subnormal numbers are left out of account: they matter in fp16 alone.
+    """
+    return ranks & (ranks - 1) == 0
 
 
 def _by_parameter(numels: Sequence[int], num_shards: int, align: int, replicas: int) -> Layout:

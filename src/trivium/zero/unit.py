@@ -16,12 +16,14 @@ from trivium.zero.torch_private import will_receive_gradient
 
 
 class Unit:
-    """A module and the flats of its own parameters. ``keep``: stays gathered from forward to backward."""
+    """A module and the flats of its own parameters. ``keep``: stays gathered from forward to backward; ``called``:
+    the module has run at least once."""
 
     def __init__(self, number: int, name: str, module: nn.Module, flats: Sequence[Flat], keep: bool) -> None:
         self.number, self.name, self.module, self.keep = number, name, module, keep
         self.flats = tuple(flats)
         self.pins = 0
+        self.called = False
         self.pending_inputs = 0
         self.expected: set[nn.Parameter] | None = None
         self.arrived: set[nn.Parameter] = set()

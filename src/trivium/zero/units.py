@@ -7,6 +7,12 @@ uses it.
 Ranks hold and use different experts of one layer, and wait for each other inside of it, in the all-to-all. A gather
 that only some of them come to there, or come to in another order, could never end. So a layer of experts (the module
 around the one that declares a ``placement``) is gathered at once, with its router, by itself or with the unit around.
+
+[Note: modules that read their children]
+torch's attention reads the parameters of its ``out_proj`` and never calls it, its fused loss those of its ``linear``;
+its encoder layer does so with all of its children on the fast path of evaluation. A gather that waits for such a
+child's call would never come. So these are never cut, and a list without a ``forward``, which nobody can call, is never
+a unit either: its elements are.
 """
 
 from __future__ import annotations
@@ -23,6 +29,10 @@ from trivium.zero.placement import Cut
 
 Units = str | Iterable[nn.Module] | Callable[[str, nn.Module], bool]
 _OWN_UNIT_NUMEL = 2**16
+_READS_CHILDREN: tuple[type[nn.Module], ...] = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+if "LinearCrossEntropyLoss" in vars(nn):
+    _READS_CHILDREN = (*_READS_CHILDREN, nn.LinearCrossEntropyLoss)  # torch 2.13 and later
+_BY_SIZE: tuple[type[nn.Module], ...] = (nn.Embedding, nn.Linear, *_READS_CHILDREN)
 _NO_OWNER: tuple[int | None, Cut] = (None, "element")
 
 
@@ -52,9 +62,10 @@ def assign(root: nn.Module, units: Units, owner: Mapping[int, tuple[int, Cut]]) 
 
     ``owner`` maps ``id(parameter)`` to (optimizer index, cut). A parameter that several units use belongs to the
     innermost unit around all of them. Units without parameters are left out, except the root. A layer of
-    experts that are reduced over another axis than ``"dp"`` is not cut: see [Note: experts are gathered whole].
+    experts that are reduced over another axis than ``"dp"`` is not cut (see [Note: experts are gathered whole]), nor
+    are torch's attention and transformer layers (see [Note: modules that read their children]).
     """
-    chosen = _outside_of_experts(root, _choose(root, units))
+    chosen = _surely_called(root, _outside_of_experts(root, _choose(root, units)))
     specs = {name: UnitSpec(name=name, module=module) for name, module in root.named_modules() if name in chosen}
     for names, parameter in _by_identity(root).values():
         home = _home(names, specs)
@@ -95,26 +106,35 @@ def _choose(root: nn.Module, units: Units) -> set[str]:
 
 
 def _automatic(root: nn.Module) -> set[str]:
-    """Elements of the outermost lists of layers, and large embeddings and projections outside of them."""
+    """Elements of the outermost lists of layers, and large embeddings, projections and attentions outside of them."""
     chosen: set[str] = set()
+    within: set[str] = set()  # dictionaries that are elements of a list
     for name, module in root.named_modules():
-        if name == "" and not isinstance(module, nn.ModuleList | nn.Sequential):
+        is_list = isinstance(module, nn.ModuleList | nn.Sequential) or name in within
+        if (name == "" and not is_list) or any(name == unit or name.startswith(unit + ".") for unit in chosen):
             continue
-        if any(name == unit or name.startswith(unit + ".") for unit in chosen):
-            continue
-        if isinstance(module, nn.ModuleList | nn.Sequential):
-            inside = [
-                f"{name}.{child}" if name else child
-                for child, layer in module.named_children()
-                if any(True for _ in layer.parameters())
-            ]
-            chosen.update(inside)
-        elif (
-            isinstance(module, nn.Embedding | nn.Linear)
-            and sum(p.numel() for p in module.parameters()) >= _OWN_UNIT_NUMEL
-        ):
+        if is_list:
+            for child, layer in module.named_children():
+                inside = f"{name}.{child}" if name else child
+                if isinstance(layer, nn.ModuleDict) and not _can_run(layer):
+                    within.add(inside)
+                elif _can_run(layer) and any(True for _ in layer.parameters()):
+                    chosen.add(inside)
+        elif isinstance(module, _BY_SIZE) and sum(p.numel() for p in module.parameters()) >= _OWN_UNIT_NUMEL:
             chosen.add(name)
     return chosen
+
+
+def _can_run(module: nn.Module) -> bool:
+    """Whether anyone can call it: lists and dictionaries of modules or parameters have no ``forward``."""
+    return type(module).forward is not nn.Module.forward or "forward" in module.__dict__
+
+
+def _surely_called(root: nn.Module, chosen: set[str]) -> set[str]:
+    """``chosen`` without what nobody calls: see [Note: modules that read their children]."""
+    named = dict(root.named_modules())
+    readers = [f"{name}." if name else "" for name, module in named.items() if isinstance(module, _READS_CHILDREN)]
+    return {name for name in chosen if name == "" or (_can_run(named[name]) and not any(map(name.startswith, readers)))}
 
 
 def _outside_of_experts(root: nn.Module, chosen: set[str]) -> set[str]:
