@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ import torch
 import trivium as tv
 from trivium.base.errors import ConfigError, MismatchError, NonFiniteError
 from trivium.dist.mesh import Mesh
-from trivium.moe import MoE, Routing
+from trivium.moe import Gating, MoE, Routing
+from trivium.nn import MLP
 
 DIM, FFN, EXPERTS = 6, 10, 8
 
@@ -154,6 +156,50 @@ def degree_of_its_own(mesh: Any) -> tuple[list[str], str, float]:
     y_TC, _ = run(layer, tokens(mesh.rank, 5))
     expected, _ = run(alone, tokens(mesh.rank, 5))
     return [name for name, _ in layer.experts.named_children()], layer.experts.placement.axis, far(y_TC, expected)
+
+
+class Beside(torch.nn.Module):
+    """Tokens beside what an MLP, or the experts in its place, makes of them."""
+
+    def __init__(self, mlp: torch.nn.Module | None, moe: MoE | None) -> None:
+        super().__init__()
+        if mlp is not None:
+            self.mlp = mlp
+        if moe is not None:
+            self.moe = moe
+
+    def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
+        return x_TC + (self.mlp(x_TC) if "mlp" in self._modules else self.moe(x_TC)[0])
+
+
+def upcycled(mesh: Any) -> tuple[float, int]:
+    """How far experts on several ranks are from the dense MLP they were made of, and how many this rank holds."""
+    torch.manual_seed(0)
+    dense = Beside(MLP(DIM, FFN, init_std=0.5, dtype=torch.float64), None)
+    moe = make(Mesh(rank=mesh.rank, size=mesh.size, device=mesh.device, ep=mesh.size))
+    sparse, x_TC = Beside(None, moe), tokens(mesh.rank, 5 + mesh.rank)
+    tv.moe.upcycle(sparse, dense)
+    return far(sparse(x_TC).detach(), dense(x_TC).detach()), len(moe.experts.numbers)
+
+
+class WrongGate(torch.nn.Module):
+    """A gate of top-1 among 4 experts that gets one thing wrong."""
+
+    def __init__(self, wrong: dict[str, Callable[[torch.Tensor], Any]] | None) -> None:
+        super().__init__()
+        self.wrong = wrong
+
+    def forward(self, x_TC: torch.Tensor, **options: Any) -> Any:
+        logits_TE = torch.zeros(len(x_TC), 4)
+        parts = {
+            "logits_TE": logits_TE,
+            "probabilities_TE": logits_TE.softmax(-1),
+            "experts_TK": torch.arange(len(x_TC)).remainder(4)[:, None],
+            "weights_TK": torch.ones(len(x_TC), 1),
+        }
+        if self.wrong is None:
+            return tuple(parts.values())
+        return Gating(**{**parts, **{name: change(parts[name]) for name, change in self.wrong.items()}})
 
 
 class Stack(torch.nn.Module):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-from trivium.base.errors import MismatchError
-from trivium.dist.exchange import ExchangeConfig
+import trivium as tv
+from trivium.base.errors import MismatchError, TriviumError
+from trivium.dist.exchange import ExchangeConfig, _ranks_per_host
 from trivium.dist.mesh import Mesh
 from trivium.moe import MoE
 
@@ -50,11 +53,41 @@ def every_way(mesh: Any, ep: int, tp: int, exchanges: list[dict[str, Any]], coun
     return different, [tallies for _, tallies in results], flat["load"].tolist(), sorted(flat)
 
 
-def apart(mesh: Any) -> str:
-    spread = Mesh(rank=mesh.rank, size=mesh.size, device=mesh.device, ep=1, tp=mesh.size)
-    layer = make(spread, "coordinated")
+def apart(mesh: Any, how: str) -> str:
+    """What a rank is told whose tensor-parallel neighbour has other tokens, or the same in another order."""
+    layer = make(Mesh(rank=mesh.rank, size=mesh.size, device=mesh.device, ep=1, tp=mesh.size), "coordinated")
+    x_TC = torch.randn(4, DIM, generator=torch.Generator().manual_seed(mesh.rank if how == "other" else 0))
     try:
-        layer(torch.randn(4, DIM, generator=torch.Generator().manual_seed(mesh.rank)))
+        layer(x_TC.flip(0) if how == "permuted" and mesh.rank == 1 else x_TC)
     except MismatchError as error:
         return str(error)
     return "no error"
+
+
+class Net(torch.nn.Module):
+    def __init__(self, mesh: Any) -> None:
+        super().__init__()
+        self.a, self.moe = torch.nn.Linear(DIM, DIM), make(mesh, "coordinated")
+
+
+def under_zero(mesh: Any, folder: Path) -> list[str]:
+    """What `shard`, `save` and the export answer to experts that lie apart over the tensor axis."""
+    spread = Mesh(rank=mesh.rank, size=mesh.size, device=mesh.device, ep=1, tp=mesh.size)
+    model = Net(spread)
+    said = []
+    for call in (
+        lambda: tv.zero.shard(model, torch.optim.SGD(model.parameters(), lr=0.1), spread, stage=1),
+        lambda: tv.checkpoint.save(folder / "saved", model=model, mesh=spread),
+        lambda: tv.checkpoint.save_hugging_face(model, folder / "exported", mesh=spread),
+    ):
+        try:
+            call()
+        except TriviumError as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
+def hosts(mesh: Any, names: list[str]) -> int:
+    """`_ranks_per_host` where the ranks' hosts are called ``names``."""
+    with mock.patch("socket.gethostname", lambda: names[mesh.rank]):
+        return _ranks_per_host(mesh.comm("dp"))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tests.moe import cases
-from trivium.base.errors import MismatchError
+from trivium.base.errors import ConfigError, MismatchError
 from trivium.dist.mesh import Mesh
 from trivium.moe import CapacityConfig, MoE
 
@@ -27,6 +27,34 @@ def wrong(mesh: Any, how: str) -> str:
         if odd:
             layer, x_TC = layer.float(), x_TC.float()
         layer(x_TC)
+    except MismatchError as error:
+        return str(error)
+    return "no error"
+
+
+def user_gate(mesh: Any) -> str:
+    """What this rank is told when the user's gate names expert -1 on rank 1 alone."""
+    gate = cases.WrongGate({"experts_TK": lambda experts_TK: experts_TK - 1} if mesh.rank == 1 else {})
+    layer = MoE(8, 16, 4, top_k=1, mesh=spread_over(mesh), gate=gate, seed=0)
+    try:
+        layer(torch.randn(6, 8))
+    except (ConfigError, MismatchError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def odd_seed(mesh: Any, seed: int | None) -> tuple[int, list[float], list[float]]:
+    """With torch's generator elsewhere on every rank: the layer's seed, router and mixer."""
+    torch.manual_seed(40 + mesh.rank)
+    layer = MoE(8, 16, 4, top_k=1, residual="mix", mesh=spread_over(mesh), seed=seed)
+    found = [layer.get_submodule(name).get_parameter("weight").flatten().tolist() for name in ("gate", "mix")]
+    return layer.seed, *found
+
+
+def odd_option(mesh: Any, options: dict[str, Any]) -> str:
+    """What this rank is told when rank 1 alone is built with ``options``."""
+    try:
+        MoE(8, 16, 4, top_k=1, mesh=spread_over(mesh), **{"seed": 3, **(options if mesh.rank == 1 else {})})
     except MismatchError as error:
         return str(error)
     return "no error"

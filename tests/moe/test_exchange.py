@@ -8,7 +8,7 @@ import pytest
 
 from tests.moe.exchange_cases import EXPERTS, ROW_BYTES
 from trivium.base.errors import ConfigError
-from trivium.dist.exchange import ExchangeConfig, crossover_bytes
+from trivium.dist.exchange import ExchangeConfig
 
 PHASES = ("dispatch", "combine", "combine.backward", "dispatch.backward")
 FLAT: dict[str, Any] = {"kind": "flat"}
@@ -73,13 +73,36 @@ def test_coordinated_is_flat_in_p_over_l_messages(world: Any, size: int, tp: int
             assert by_axis(inner, "ep/2", 0) == by_axis(inner, "ep/2/across", 0) == [1] * 4
 
 
-def test_the_hierarchy_is_chosen_for_short_messages_between_many() -> None:
-    assert [crossover_bytes(ranks) for ranks in (2, 4, 8, 64)] == [0, 0, 4096, 4096]
+def test_without_a_crossover_auto_is_flat(world: Any) -> None:
+    for _, (flat, auto), _, _ in cells(world, 4, 4, 1, [FLAT, {}], [7, 0, 5, 9]):
+        assert auto == flat
 
 
-def test_different_tokens_in_a_tensor_group_are_refused_on_all(world: Any) -> None:
-    for words in world(2).run("tests.moe.exchange_cases", "apart"):
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [("aaaa", 4), ("aabb", 2), ("abcd", 1), ("aaab", 1), ("aabc", 1), ("abab", 1), ("abba", 1), ("aaba", 1)],
+)
+def test_hosts_make_nodes_only_where_they_are_alike(world: Any, hosts: str, expected: int) -> None:
+    assert world(4).run("tests.moe.exchange_cases", "hosts", list(hosts)) == [expected] * 4
+
+
+@pytest.mark.parametrize("how", ["other", "permuted"])
+def test_different_tokens_in_a_tensor_group_are_refused_on_all(world: Any, how: str) -> None:
+    for words in world(2).run("tests.moe.exchange_cases", "apart", how):
         assert "tensor-parallel ranks beginning with rank 0 route different tokens" in words
+
+
+def test_the_same_tokens_are_not(world: Any) -> None:
+    assert world(2).run("tests.moe.exchange_cases", "apart", "same") == ["no error"] * 2
+
+
+def test_experts_apart_over_the_tensor_axis_are_neither_sharded_nor_saved(world: Any, tmp_path: Any) -> None:
+    for said in world(2).run("tests.moe.exchange_cases", "under_zero", tmp_path):
+        assert len(said) == 3
+        for words, doing in zip(said, ("shard", "save", "export"), strict=True):
+            assert doing in words and "moe.experts is spread over the tp axis" in words
+            assert "exchange='flat' or 'hierarchical'" in words
+        assert said[0].startswith("ConfigError")
 
 
 @pytest.mark.parametrize(
@@ -88,6 +111,13 @@ def test_different_tokens_in_a_tensor_group_are_refused_on_all(world: Any) -> No
         ({"kind": "ring"}, "exchange='ring'"),
         ({"node": 0}, "exchange.node=0"),
         ({"crossover_bytes": -1}, "crossover_bytes=-1"),
+        ({"kind": "flat", "node": 2}, "exchange.node=2 has no effect with kind='flat'"),
+        ({"node": 2}, "exchange.node=2 has no effect with kind='auto'"),
+        (
+            {"kind": "hierarchical", "crossover_bytes": 4096},
+            "crossover_bytes=4096 has no effect with kind='hierarchical'",
+        ),
+        ({"kind": "coordinated", "crossover_bytes": 0}, "crossover_bytes=0 has no effect with kind='coordinated'"),
     ],
 )
 def test_exchanges_that_cannot_be_are_refused(options: dict[str, Any], words: str) -> None:

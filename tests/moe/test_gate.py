@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.moe import cases
-from trivium.base.errors import ConfigError
+from trivium.base.errors import ConfigError, NonFiniteError
 from trivium.moe import CapacityConfig, Gate, GateConfig, MoE
 from trivium.moe.choice import choose, limit_to_groups
 from trivium.moe.draw import gumbel, key, uniform
+from trivium.moe.gate import Gating
 
 RANDOM: list[dict[str, Any]] = [
     {"gate": GateConfig(jitter=0.5)},
@@ -123,6 +124,11 @@ def test_one_update_is_the_sign_of_what_is_missing() -> None:
     assert gate.bias is not None and gate.bias.tolist() == [0.5, -0.5, 0.0, 0.0]
     with pytest.raises(ConfigError, match=r"expected \[4\]"):
         gate.update_bias(torch.ones(3))
+    before = gate.get_buffer("bias").clone()
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(NonFiniteError, match=f"load .*{bad}"):
+            gate.update_bias(torch.tensor([1.0, bad, 1.0, 1.0]))
+    assert torch.equal(gate.get_buffer("bias"), before)
     with pytest.raises(ConfigError, match=r"bias_rate=0\.001"):
         Gate(4, 4, 1).update_bias(torch.ones(4))
 
@@ -180,6 +186,9 @@ def test_random_token_selection_drops_other_tokens_in_each_step() -> None:
         ({"num_groups": 8, "top_groups": 1}, "top_k=2 of 1 groups of 1"),
         ({"scale": 0.0}, "gate.scale=0.0"),
         ({"bias_rate": -1.0}, "gate.bias_rate=-1.0"),
+        ({"init_std": -1.0}, "gate.init_std=-1.0"),
+        ({"init_std": float("nan")}, "gate.init_std=nan"),
+        ({"init_std": float("inf")}, "gate.init_std=inf"),
         ({"score": "tanh"}, "gate.score='tanh'"),
         ({"jitter": 1.0}, "gate.jitter=1.0"),
     ],
@@ -189,3 +198,18 @@ def test_gates_that_cannot_be_are_refused(gate: dict[str, Any], words: str) -> N
         MoE(8, 16, 8, gate=GateConfig(**gate))
     with pytest.raises(ConfigError, match="draws nothing"):
         Gate(8, 8, 1, GateConfig(sample_second=True))
+
+
+def choose_by(logits: list[list[float]]) -> Gating:
+    logits_TE = torch.tensor(logits)
+    weights_TK, experts_TK = logits_TE.topk(1)
+    probabilities_TE = logits_TE.softmax(-1)
+    return Gating(logits_TE=logits_TE, probabilities_TE=probabilities_TE, experts_TK=experts_TK, weights_TK=weights_TK)
+
+
+def test_an_expert_is_forbidden_by_minus_infinity_and_one_at_least_is_left() -> None:
+    inf = float("inf")
+    choose_by([[0.0, -inf, 1.0], [-inf, -inf, 2.0]]).check(2, 3, 1)
+    for row, told in (([-inf] * 3, "forbids every expert"), ([0.0, inf, -inf], "is NaN or infinite")):
+        with pytest.raises(NonFiniteError, match=rf"the gate's logits_TE {told}.* in row 1"):
+            choose_by([[0.0, 0.0, 1.0], row]).check(2, 3, 1)

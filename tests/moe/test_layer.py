@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import trivium as tv
 from tests.moe import cases
-from trivium.base.errors import ConfigError, NonFiniteError
-from trivium.moe import CapacityConfig, GateConfig, Gating, MoE, Routing, Tally
+from trivium.base.errors import ConfigError, NonFiniteError, TriviumError
+from trivium.moe import CapacityConfig, Gate, GateConfig, Gating, MoE, Routing, Tally
 
 OPTIONS: list[dict[str, Any]] = [
     {"top_k": 1},
@@ -157,7 +157,7 @@ def test_experts_are_independent_and_the_same_wherever_they_live() -> None:
 
 
 def test_user_experts_and_gates() -> None:
-    layer = MoE(8, 16, 4, expert=lambda number: nn.Linear(8, 8), gate=PlainGate(), residual=True)
+    layer = MoE(8, 16, 4, 1, expert=lambda number: nn.Linear(8, 8), gate=PlainGate(), residual=True)
     y, aux = layer(torch.randn(2, 3, 8))
     assert y.shape == (2, 3, 8) and aux.routing.experts_TK.shape == (6, 1)
     with pytest.raises(ConfigError, match="expert 0 made"):
@@ -192,11 +192,64 @@ class PlainGate(nn.Module):
         ({"ep": 2}, "needs mesh="),
         ({"expert": "relu"}, "expert='relu'"),
         ({"top_k": 1, "gate": GateConfig(renormalize=True)}, "learn nothing"),
+        ({"top_k": 2.0}, "top_k=2.0: expected a whole number"),
+        ({"capacity_factor": "1.25"}, "capacity_factor='1.25': expected a number"),
+        ({"capacity_factor": True}, "capacity_factor=True"),
+        ({"gate": {"jitter": 0.1}}, r"gate=\{'jitter': 0.1\}: expected a GateConfig"),
+        ({"gate": Gate}, "gate=<class .*: expected a GateConfig"),
+        ({"gate": Gate(8, 6, 2)}, "gate= is for 6 experts, dim 8 and top_k=2; the layer has 4, 8 and 2"),
+        ({"gate": Gate(8, 4, 1)}, "top_k=1; the layer has 4, 8 and 2"),
+        ({"expert": nn.Linear(8, 8)}, "makes a module of its own"),
+        ({"expert": 3}, "expert=3: expected 'swiglu'"),
+        ({"exchange": "coordinated"}, "exchange='coordinated' has no effect without mesh="),
+        ({"exchange": "hierarchical"}, "exchange='hierarchical' has no effect without mesh="),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         MoE(8, 16, 4, **options)
+
+
+def at_row_2(value: torch.Tensor, number: float) -> torch.Tensor:
+    value = value.clone()
+    value[2] = number
+    return value
+
+
+WRONG: list[tuple[Any, type[TriviumError], str]] = [
+    (None, ConfigError, "returned a tuple: expected a trivium.moe.Gating"),
+    ({"experts_TK": lambda e: e + 1}, ConfigError, r"experts_TK names \[4\] in row 3: expected 0 to 3"),
+    ({"experts_TK": lambda e: e + 9}, ConfigError, r"experts_TK names \[9\] in row 0"),
+    ({"experts_TK": lambda e: e - 1}, ConfigError, r"experts_TK names \[-1\] in row 0"),
+    ({"experts_TK": lambda e: e.int()}, ConfigError, "experts_TK holds torch.int32: expected torch.int64"),
+    ({"experts_TK": lambda e: e.expand(-1, 2)}, ConfigError, r"experts_TK is \[6, 2\]: expected \[6, 1\]"),
+    ({"experts_TK": lambda e: e[:-1], "weights_TK": lambda w: w[:-1]}, ConfigError, r"is \[5, 1\]: expected \[6, 1\]"),
+    ({"logits_TE": lambda x: x[:, :3]}, ConfigError, r"logits_TE is \[6, 3\]: expected \[6, 4\]"),
+    ({"weights_TK": lambda w: w.long()}, ConfigError, "weights_TK holds torch.int64: expected floating-point"),
+    ({"weights_TK": lambda w: w.tolist()}, ConfigError, r"weights_TK is \[\[1.0"),
+    ({"logits_TE": lambda x: at_row_2(x, float("nan"))}, NonFiniteError, "logits_TE is NaN or infinite in row 2"),
+    ({"probabilities_TE": lambda x: at_row_2(x, float("inf"))}, NonFiniteError, "probabilities_TE .* in row 2"),
+    ({"weights_TK": lambda w: at_row_2(w, float("nan"))}, NonFiniteError, "weights_TK is NaN or infinite in row 2"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "kind", "words"), WRONG)
+def test_what_a_users_gate_gets_wrong_is_told(wrong: Any, kind: type[TriviumError], words: str) -> None:
+    layer = MoE(8, 16, 4, 1, gate=cases.WrongGate(wrong), seed=0)
+    with pytest.raises(kind, match=words):
+        layer(torch.randn(6, 8))
+
+
+def test_a_users_gate_that_gets_nothing_wrong_is_taken_also_without_a_token() -> None:
+    layer = MoE(8, 16, 4, 1, gate=cases.WrongGate({}), seed=0)
+    assert layer(torch.randn(6, 8))[1].load.tolist() == [2, 2, 1, 1]
+    assert layer(torch.randn(0, 8))[1].load.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("x", [torch.ones(3, 8, dtype=torch.int64), torch.tensor(1.0), torch.ones(3, 7)], ids=str)
+def test_input_that_is_not_rows_of_floats_is_refused(x: torch.Tensor) -> None:
+    with pytest.raises(ConfigError, match=r"expected \[\.\.\., 8\] of floats"):
+        MoE(8, 16, 4)(x)
 
 
 def test_a_routing_for_other_tokens_is_refused() -> None:

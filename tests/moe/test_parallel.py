@@ -56,7 +56,7 @@ def test_backward_ends_where_no_expert_and_no_input_needs_a_gradient(world: Any)
 def test_a_layer_sets_its_own_degree(world: Any) -> None:
     found = world(2).run("tests.moe.cases", "degree_of_its_own")
     assert [names for names, _, _ in found] == [["0", "1", "2", "3"], ["4", "5", "6", "7"]]
-    assert all(axis == "dp/across" and distance < 1e-12 for _, axis, distance in found)
+    assert all(axis == "dp/alone" and distance < 1e-12 for _, axis, distance in found)
 
 
 @pytest.mark.parametrize("ep", [1, 2])

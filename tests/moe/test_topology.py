@@ -72,8 +72,17 @@ def test_placement_never_changes_the_maths(world: Worlds, size: int, number: int
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_nor_in_single_precision(world: Worlds, size: int, tmp_path: Path) -> None:
-    work = Work(dtype="float32")
-    report(world, size, [Cell(work=work, mesh_ep=2, stage=stage) for stage in (0, 3)], tmp_path)
+    works = [replace(work, dtype="float32") for work in (Work(), *works_on(size))]
+    cells = [Cell(work=work, mesh_ep=2, stage=3) for work in works]
+    report(world, size, [*cells, Cell(work=works[0], mesh_ep=2, stage=0)], tmp_path)
+
+
+def test_nor_do_nodes_nor_who_is_dropped_on_four_ranks(world: Worlds, tmp_path: Path) -> None:
+    score, drawn = WORKS[2], replace(WORKS[3], experts=(4, 5))
+    cells = [Cell(work=work, mesh_ep=4, node=2, stage=stage) for work, stage in zip(WORKS[:2], (0, 3), strict=True)]
+    cells += [Cell(work=score, ep=(2, 4), node=2, stage=2), Cell(work=drawn, mesh_ep=4, node=4, stage=1)]
+    cells += [Cell(work=work, mesh_ep=ep, stage=stage) for work in (score, drawn) for ep, stage in ((2, 1), (4, 3))]
+    report(world, 4, cells, tmp_path)
 
 
 def test_nor_with_accumulation_sums_adam_and_hybrid_shards(world: Worlds, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import nn
 
 import trivium as tv
+from tests.worlds import Worlds
 from trivium.base.errors import CheckpointError, ConfigError
+from trivium.models import DecoderConfig, MoEConfig, build
 from trivium.moe import GateConfig, GELUExpert, MoE
 from trivium.nn import MLP
 
@@ -82,6 +85,26 @@ def test_from_a_checkpoint(tmp_path: Path) -> None:
     tv.moe.upcycle(new, tmp_path / "dense")
     tv.moe.upcycle(too, old)
     assert all(torch.equal(value, too.state_dict()[name]) for name, value in new.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [MoEConfig(experts=4, top_k=2, shared=1), MoEConfig(experts=(4, 8), top_k=1, residual="add")],
+    ids=["shared", "pyramid"],
+)
+def test_a_decoder_is_made_of_a_dense_ones_checkpoint(tmp_path: Path, moe: MoEConfig) -> None:
+    shape = DecoderConfig(vocabulary=61, dim=24, layers=4, heads=4, ffn_dim=40, init_std=0.2)
+    old, new = build(shape, seed=0), build(replace(shape, moe=moe), seed=1)
+    tv.checkpoint.save(tmp_path / "dense", model=old, extra={})
+    ids = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(0))
+    assert (new(ids) - old(ids)).norm() > 0.1 * old(ids).norm()
+    assert tv.moe.upcycle(new, tmp_path / "dense") == ("blocks.1.moe", "blocks.3.moe")
+    assert (new(ids) - old(ids)).norm() < 1e-6 * old(ids).norm()
+
+
+def test_experts_on_two_ranks_are_made_of_the_dense_mlp(world: Worlds) -> None:
+    for far, held in world(2).run("tests.moe.cases", "upcycled"):
+        assert far < 1e-12 and held == 4
 
 
 def test_what_cannot_be_equal_is_refused() -> None:

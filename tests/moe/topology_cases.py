@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import trivium as tv
+from trivium.dist.exchange import ExchangeConfig
 from trivium.dist.mesh import Mesh
 from trivium.dist.shard import shard_map_of
 from trivium.moe import CapacityConfig, MoE
@@ -52,12 +53,13 @@ class Cell:
     no_sync: bool = False
     bucket_bytes: int = 2**20
     shard_size: int | None = None
+    node: int | None = None  # a hierarchical exchange by nodes of so many ranks
 
 
 class Layer(nn.Module):
     """A dense projection, then experts, both beside the residual stream."""
 
-    def __init__(self, work: Work, number: int, mesh: Mesh | None, ep: int | None) -> None:
+    def __init__(self, work: Work, number: int, mesh: Mesh | None, ep: int | None, node: int | None) -> None:
         super().__init__()
         dtype = getattr(torch, work.dtype)
         capacity = None if work.drops == "none" else CapacityConfig(factor=0.75, minimum=1, policy=work.drops)
@@ -71,6 +73,7 @@ class Layer(nn.Module):
             mesh=mesh,
             ep=ep,
             residual=number == 1,
+            exchange="auto" if node is None else ExchangeConfig(kind="hierarchical", node=node),
             layer=number,
             expert="swiglu" if work.expert == "swiglu" else lambda expert: nn.Linear(DIM, DIM, dtype=dtype),
             seed=5,
@@ -88,12 +91,18 @@ class Layer(nn.Module):
 class Tower(nn.Module):
     """Two layers of experts between a dense beginning and end; one parameter that nobody uses."""
 
-    def __init__(self, work: Work, mesh: Mesh | None = None, ep: tuple[int | None, ...] = (None, None)) -> None:
+    def __init__(
+        self,
+        work: Work,
+        mesh: Mesh | None = None,
+        ep: tuple[int | None, ...] = (None, None),
+        node: int | None = None,
+    ) -> None:
         super().__init__()
         torch.manual_seed(2)
         dtype = getattr(torch, work.dtype)
         self.first = nn.Linear(DIM, DIM, dtype=dtype)
-        self.layers = nn.ModuleList(Layer(work, number, mesh, ep[number]) for number in range(len(work.experts)))
+        self.layers = nn.ModuleList(Layer(work, number, mesh, ep[number], node) for number in range(len(work.experts)))
         self.last = nn.Linear(DIM, 3, dtype=dtype)
         self.unused = nn.Parameter(torch.ones(5, dtype=dtype))
         for number, layer in enumerate(self.layers):
@@ -159,7 +168,7 @@ def train(mesh: Mesh, cells: list[Cell], folder: Path) -> list[dict[str, float]]
 
 def _train_one(mesh: Mesh, cell: Cell, reference: dict[str, Any]) -> dict[str, float]:
     work = cell.work
-    model: nn.Module = Tower(work, mesh, cell.ep)
+    model: nn.Module = Tower(work, mesh, cell.ep, cell.node)
     options = {"stage": cell.stage, "bucket_bytes": cell.bucket_bytes, "shard_size": cell.shard_size}
     model, optimizer = tv.zero.shard(model, optimizer_of(work, model), mesh, average=work.average, **options)
     worst = {"loss": 0.0, "gradient": 0.0, "norm": 0.0, "weights": 0.0}

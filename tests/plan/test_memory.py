@@ -74,14 +74,17 @@ def test_at_most_two_units_are_gathered_beside_those_that_stay() -> None:
 
 def test_sums_are_held_only_while_several_micro_batches_are_averaged() -> None:
     inventory = inventory_of(SMALL)
-    for accumulation, average, stage, held in (
-        (1, True, 3, False),
-        (2, True, 3, True),
-        (2, False, 3, False),
-        (2, False, 1, True),
+    for ranks, accumulation, average, stage, held in (
+        (2, 1, True, 3, False),
+        (2, 2, True, 3, True),
+        (2, 2, False, 3, False),
+        (2, 2, False, 1, True),
+        (3, 1, True, 3, True),
+        (3, 1, False, 3, False),
+        (4, 1, True, 3, False),
     ):
         zero = ZeroConfig(stage=stage, average=average)
-        plan = forecast(inventory, Setting(ranks=2, accumulation=accumulation, zero=zero))
+        plan = forecast(inventory, Setting(ranks=ranks, accumulation=accumulation, zero=zero))
         assert (plan.memory.sums > 0) == held
 
 

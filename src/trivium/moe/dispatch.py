@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import xxhash
 from torch import nn
 
 from trivium.base.errors import MismatchError, NonFiniteError
@@ -82,10 +83,10 @@ def run_across(
 
     Ranks may have any number of tokens, also none; a rank that has none still calls it, and backward. A flat exchange
     sends twice the bytes of the rows whose expert lives elsewhere, in forward and again in backward, and E + 3 integers
-    to each of the others.
+    to each of the others; a coordinated one one integer more, a digest of tokens and choice.
     """
     plan, ranges = table(routing, num_experts), owners(num_experts, exchange.owners)
-    counts_SE = _agree(exchange, x_TC, plan.counts)
+    counts_SE = _agree(exchange, x_TC, routing, plan.counts)
     mine = ranges[exchange.owner]
     counts_SO = [[sum(row[r.start : r.stop]) for r in ranges] for row in counts_SE]
     counts_Se = [row[mine.start : mine.stop] for row in counts_SE]
@@ -119,12 +120,13 @@ def refuse(exchange: Exchange, num_experts: int, error: Exception) -> None:
     """Tell the other ranks, which wait in `run_across`, that this one has met ``error`` and will not come."""
     kind = _NON_FINITE if isinstance(error, NonFiniteError) else _OTHER
     status = kind + 4 * exchange.ranks[exchange.source]
-    exchange.agree([status, 0, 0, *[0] * num_experts], "dispatch.counts")
+    exchange.agree([status, 0, 0, *[0] * exchange.compares, *[0] * num_experts], "dispatch.counts")
 
 
-def _agree(exchange: Exchange, x_TC: torch.Tensor, counts: Sequence[int]) -> list[list[int]]:
+def _agree(exchange: Exchange, x_TC: torch.Tensor, routing: Routing, counts: Sequence[int]) -> list[list[int]]:
     """Every source's rows per expert; raises, on all, if one has met an error or brings rows of another width."""
-    numbers = exchange.agree([0, x_TC.shape[1], x_TC.element_size(), *counts], "dispatch.counts")
+    alike = [_digest(x_TC, routing.experts_TK, routing.kept_TK)] if exchange.compares else []
+    numbers = exchange.agree([0, x_TC.shape[1], x_TC.element_size(), *alike, *counts], "dispatch.counts")
     for row in numbers:
         rank, kind = divmod(row[0], 4)
         if kind == _NON_FINITE:
@@ -143,7 +145,15 @@ def _agree(exchange: Exchange, x_TC: torch.Tensor, counts: Sequence[int]) -> lis
                 f"{exchange.ranks[0]} and of {row[1]} elements of {row[2]} bytes on rank {rank}: "
                 "use one dtype on all ranks"
             )
-    return [row[3:] for row in numbers]
+    return [row[3 + len(alike) :] for row in numbers]
+
+
+def _digest(*tensors: torch.Tensor) -> int:
+    """63 bits of the bytes of ``tensors``, which are copied to the host for it: the price of a coordinated exchange."""
+    digest = xxhash.xxh3_64()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.intdigest() >> 1
 
 
 def _trains(x_TC: torch.Tensor, routing: Routing, experts: nn.Module) -> bool:

@@ -39,8 +39,8 @@ class GELUExpert(nn.Module):
 class Experts(nn.Module):
     """Experts ``numbers`` of one layer. Children are called "0", "1", … by global number, at any placement.
 
-    ``placement`` names the axis over whose ranks their gradients are reduced. Each expert draws its weights, on the
-    CPU, from a generator seeded by (``seed``, ``layer``, its number): equal values wherever it lives.
+    ``placement`` names the axis over whose ranks their gradients are reduced; None: dp. Each expert draws its weights,
+    on the CPU, from a generator seeded by (``seed``, ``layer``, its number): equal values wherever it lives.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class Experts(nn.Module):
         *,
         seed: int,
         layer: int = 0,
-        axis: str = "dp",
+        placement: Placement | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.placement = Placement(axis=axis)
+        self.placement = Placement() if placement is None else placement
         self.numbers = tuple(numbers)
         self.fused = Fused()
         device = torch.device(torch.get_default_device() if device is None else device)

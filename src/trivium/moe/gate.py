@@ -47,6 +47,8 @@ class GateConfig:
             raise ConfigError(f"gate.score={self.score!r}: expected 'softmax' or 'sigmoid'")
         if not 0.0 <= self.jitter < 1.0:
             raise ConfigError(f"gate.jitter={self.jitter}: expected 0 or more and below 1")
+        if not (math.isfinite(self.init_std) and self.init_std >= 0):
+            raise ConfigError(f"gate.init_std={self.init_std}: expected 0 or more, say 0.02")
         if not (math.isfinite(self.scale) and self.scale > 0):
             raise ConfigError(f"gate.scale={self.scale}: expected a number above 0")
         if not (math.isfinite(self.bias_rate) and self.bias_rate >= 0):
@@ -79,6 +81,51 @@ class Gating:
     probabilities_TE: torch.Tensor
     experts_TK: torch.Tensor
     weights_TK: torch.Tensor
+
+    def check(self, num_tokens: int, num_experts: int, top_k: int) -> None:
+        """Raise unless this is ``top_k`` choices of ``num_tokens`` tokens among ``num_experts``. One pass over values.
+
+        Raises:
+            ConfigError: a wrong type, shape or dtype, or an expert that is not.
+            NonFiniteError: a probability or weight is NaN or infinite, a logit NaN or +inf, or all logits of a row are
+                -inf, which forbids every expert; names the row.
+        """
+        scores, choices = [num_tokens, num_experts], [num_tokens, top_k]
+        for name, shape in (
+            ("logits_TE", scores),
+            ("probabilities_TE", scores),
+            ("experts_TK", choices),
+            ("weights_TK", choices),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, torch.Tensor) or list(value.shape) != shape:
+                told = list(value.shape) if isinstance(value, torch.Tensor) else repr(value)
+                raise ConfigError(
+                    f"the gate's {name} is {told}: expected {shape}, for {num_tokens} tokens, {num_experts} experts "
+                    f"and top_k={top_k}"
+                )
+            right = value.dtype == torch.int64 if name == "experts_TK" else value.is_floating_point()
+            if not right:
+                wanted = "torch.int64" if name == "experts_TK" else "floating-point numbers"
+                raise ConfigError(f"the gate's {name} holds {value.dtype}: expected {wanted}")
+        numbers = (self.logits_TE, self.probabilities_TE, self.weights_TK)
+        good_T = torch.stack([torch.isfinite(value).all(1) for value in numbers])
+        # An expert is forbidden by a logit of -inf; one at least must be left.
+        good_T[0] = (self.logits_TE < torch.inf).all(1) & (self.logits_TE > -torch.inf).any(1)
+        wrong_TK = (self.experts_TK < 0) | (self.experts_TK >= num_experts)
+        if bool(good_T.all() & ~wrong_TK.any()):
+            return
+        if bool(wrong_TK.any()):
+            row = int(wrong_TK.any(1).nonzero()[0])
+            raise ConfigError(
+                f"the gate's experts_TK names {self.experts_TK[row].tolist()} in row {row}: expected 0 to "
+                f"{num_experts - 1}"
+            )
+        row = int((~good_T.all(0)).nonzero()[0])
+        name = ("logits_TE", "probabilities_TE", "weights_TK")[good_T[:, row].tolist().index(False)]
+        forbidden = name == "logits_TE" and bool((self.logits_TE[row] == -torch.inf).all())
+        fault = "forbids every expert, by -inf," if forbidden else "is NaN or infinite"
+        raise NonFiniteError(f"the gate's {name} {fault} in row {row}: look at the gate and what it was given")
 
 
 class GateProtocol(Protocol):
@@ -184,12 +231,15 @@ class Gate(nn.Module):
 
         Raises:
             ConfigError: the gate has no bias, or the load is of other experts.
+            NonFiniteError: the load is not finite; the bias stays as it was.
         """
         if self.bias is None:
             raise ConfigError("update_bias() of a gate without a bias: make it with GateConfig(bias_rate=0.001)")
         if load_E.shape != self.bias.shape:
             raise ConfigError(f"load of shape {list(load_E.shape)}: expected [{self.bias.numel()}], one per expert")
         load_E = load_E.to(self.bias.device, torch.float64)
+        if not bool(torch.isfinite(load_E).all()):
+            raise NonFiniteError(f"load {load_E.tolist()}: expected how many choices fell on each expert")
         self.bias.add_(torch.sign(load_E.mean() - load_E).to(self.bias.dtype), alpha=self.config.bias_rate)
 
     def draw_key(self, step: int | None, purpose: str, setting: str) -> int:

@@ -6,7 +6,6 @@ The trainer plans itself with the same functions, and prints plan beside measure
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +48,7 @@ def setting_of(config: TrainConfig, ranks: int, rank: int = 0) -> Setting:
     return Setting(
         ranks=ranks,
         rank=rank,
-        zero=replace(config.zero, average=False),
+        zero=config.zero,
         dtype=DTYPES[config.model.dtype],
         batch=Batch(rows=train.micro_batch, sequence=config.data.sequence, recompute=train.recompute, documents=True),
         accumulation=train.accumulation_for(ranks),
@@ -68,8 +67,11 @@ def _vocabulary(config: TrainConfig) -> int:
         from trivium.train import tasks
 
         return int(tasks.tokenizer().vocabulary)
-    if config.data.tokenizer is None:
-        return config.data.vocabulary
+    from trivium.train.build import data_of
+
+    data = data_of(config)
+    if data.tokenizer is None:
+        return data.vocabulary
     from trivium.train.data import Tokenizer
 
-    return Tokenizer.load(Path(config.data.tokenizer).expanduser()).vocabulary
+    return Tokenizer.load(Path(data.tokenizer).expanduser()).vocabulary

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from trivium.base.errors import ConfigError
-from trivium.dist.exchange import ExchangeConfig, crossover_bytes
+from trivium.dist.exchange import ExchangeConfig
 from trivium.dist.shard import Placement
 from trivium.models import Decoder, DecoderConfig, MoEBlock
 from trivium.models.decoder import expert_degrees
@@ -100,5 +100,4 @@ def exchange(
 
 def _is_flat(config: ExchangeConfig, degree: int, sent_bytes: int) -> bool:
     """Whether `auto` takes messages of this size straight, where it has the choice."""
-    least = crossover_bytes(degree) if config.crossover_bytes is None else config.crossover_bytes
-    return config.kind == "auto" and sent_bytes / degree >= least
+    return config.kind == "auto" and (config.crossover_bytes is None or sent_bytes / degree >= config.crossover_bytes)

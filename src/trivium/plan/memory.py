@@ -13,7 +13,7 @@ import torch
 
 from trivium.plan.activations import Activations
 from trivium.plan.inventory import PlannedFlat, PlannedUnit
-from trivium.zero.placement import ZeroConfig, slot_bytes, slot_copies
+from trivium.zero.placement import ZeroConfig, divides_exactly, slot_bytes, slot_copies
 
 ADAMW_COPIES = 2
 NO_ACTIVATIONS = Activations()
@@ -79,7 +79,7 @@ def memory(
         optimizer=sum(_optimizer(flat, zero, rank, optimizer_copies) for flat in trainable),
         gathered=_gathered(units, zero) if row.parameter else 0,
         buffers=_buffers(trainable, zero),
-        sums=sum(_sum(flat, zero) for flat in trainable) if _keeps_sums(zero, accumulation, no_sync) else 0,
+        sums=sum(_sum(flat, zero) for flat in trainable if _keeps_sum(flat, zero, accumulation, no_sync)),
         local_gradients=_local_gradients(units, zero, everything),
         activations=activations.peak,
         passing=_passing(units, zero, everything, activations),
@@ -124,8 +124,10 @@ def _buffers(trainable: Sequence[PlannedFlat], zero: ZeroConfig) -> int:
     return max(needs, default=0) * max((slot_copies(flat.world) for flat in flats), default=0)
 
 
-def _keeps_sums(zero: ZeroConfig, accumulation: int, no_sync: bool) -> bool:
-    """Whether undivided sums are kept apart from one reduction of a step to its next."""
+def _keeps_sum(flat: PlannedFlat, zero: ZeroConfig, accumulation: int, no_sync: bool) -> bool:
+    """Whether the undivided sum is kept apart from one reduction of a step to its next, or for good."""
+    if zero.average and not divides_exactly(flat.world * flat.stride):
+        return True
     return accumulation > 1 and not no_sync and (zero.average or not zero.row.gradient)
 
 
