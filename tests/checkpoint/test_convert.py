@@ -17,6 +17,7 @@ from trivium.base import config
 from trivium.base.errors import CheckpointError
 from trivium.cli.main import run
 from trivium.models import Decoder, DecoderConfig, MoEConfig
+from trivium.train.data import Tokenizer
 
 SHAPE = DecoderConfig(
     vocabulary=32, dim=16, layers=2, heads=4, kv_heads=2, head_dim=4, ffn_dim=24, max_positions=16, tied=True
@@ -115,3 +116,15 @@ def test_names_may_not_collide(tmp_path: Path) -> None:
     to_hugging_face(path, tmp_path / "hf")
     with pytest.raises(CheckpointError, match="would both be called x"):
         from_hugging_face(tmp_path / "hf", tmp_path / "d", names=lambda name: "x")
+
+
+def test_the_tokenizer_s_ids_are_in_config_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    using = Tokenizer.train(["one two three " * 9], vocabulary=300)
+    saved(tmp_path / "run" / "step-1", {"model": config.to_dict(SHAPE)})
+    using.save(tmp_path / "run")
+    assert run(["convert", str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
+    told = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (told["eos_token_id"], told["pad_token_id"]) == (using.end_id, using.pad_id)
+    (tmp_path / "run" / "tokenizer.json").write_text("{}")
+    assert run(["convert", str(tmp_path / "run"), str(tmp_path / "other")]) == 0
+    assert "config.json names no token that ends a text" in capsys.readouterr().err

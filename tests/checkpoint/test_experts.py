@@ -40,6 +40,13 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         assert torch.equal(value, other[name]), name
 
 
+def test_experts_of_eight_ranks_load_on_three(tmp_path: Path, world: Worlds) -> None:
+    world(8).run(CASES, "train_and_save", tmp_path / "eight", (8, 8), 3, timeout=300)
+    expected = whole(tmp_path / "eight")
+    world(3).run(CASES, "load_and_save", tmp_path / "eight", tmp_path / "three", (3, 3), 1, timeout=300)
+    assert_same(expected, whole(tmp_path / "three"))
+
+
 @pytest.mark.parametrize(
     ("size", "ep", "stage", "chain"),
     [

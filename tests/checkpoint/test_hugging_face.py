@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.checkpoint.ranks import Cut, all_ok, even, on_ranks, seeded
 from trivium import checkpoint
 from trivium.base.errors import CheckpointError
+from trivium.checkpoint.folders import FolderWriter
 
 
 def llama(seed: int, *, tied: bool = True, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
@@ -187,6 +188,20 @@ def test_a_crafted_header_is_refused(tmp_path: Path, header: Any, words: str) ->
         checkpoint.load_hugging_face(nn.Linear(2, 2), tmp_path)
 
 
+def test_a_tensor_far_into_a_file_is_found(tmp_path: Path) -> None:
+    big, offset = 1 << 30, 12 << 30
+    header = {f"big.{i}": entry(4 * big * i, 4 * big * (i + 1), [big]) for i in range(3)}
+    path = tmp_path / "model.safetensors"
+    write_raw(path, {**header, "weight": entry(offset, offset + 16, [2, 2])})
+    begin = path.stat().st_size + offset
+    with path.open("r+b") as file:
+        file.seek(begin)
+        file.write(torch.arange(4.0).numpy().tobytes())
+    model = nn.Linear(2, 2, bias=False)
+    checkpoint.load_hugging_face(model, tmp_path, ignore=(r"big\..*",))
+    assert model.weight.flatten().tolist() == [0, 1, 2, 3]
+
+
 def test_a_header_longer_than_the_file_is_refused(tmp_path: Path) -> None:
     write_raw(tmp_path / "model.safetensors", {}, length=1 << 62)
     with pytest.raises(CheckpointError, match=r"a header of \d+ bytes in a file of 10"):
@@ -260,3 +275,13 @@ def test_tied_here_but_different_there(tmp_path: Path) -> None:
     llama(0, tied=False).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="without tied weights"):
         checkpoint.load_hugging_face(llama(1, tied=True), tmp_path)
+
+
+def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(writer: FolderWriter, parts: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FolderWriter, "append", stop)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save_hugging_face(nn.Linear(4, 4), tmp_path / "exported")
+    assert list(tmp_path.iterdir()) == []

@@ -267,3 +267,42 @@ def shape_changed(mesh: Any, values: dict[str, Any]) -> list[str]:
         except TriviumError as error:
             told.append(str(error))
     return told
+
+
+def foreign_tokenizer(mesh: Any, values: dict[str, Any], folder: str) -> tuple[list[bool], str]:
+    """Whether a run from a Hugging Face folder takes its tokenizer, unless told another; and when it has none."""
+    from trivium.base.errors import ConfigError
+    from trivium.models import LLAMA
+    from trivium.train.data import Tokenizer
+
+    config = config_of(values)
+    ours = read_text(config, mesh)
+    parts = assemble(config, mesh, ours)
+    names = LLAMA.names(parts.decoder)
+    checkpoint.save_hugging_face(parts.model, folder, config=LLAMA.to_hugging_face(parts.decoder), names=names)
+    theirs = Tokenizer.train(["zebra quux 42 " * 50, "lorem ipsum dolor"] * 5, vocabulary=280)
+    table = {**values, "model": {"from": folder}}
+    try:
+        told = f"no error: {read_text(config_of(table), mesh).source}"
+    except ConfigError as error:
+        told = str(error)
+    theirs.save(folder)
+    ours.tokenizer.save(f"{folder}/ours")
+    found = [read_text(config_of(table), mesh).tokenizer.to_json() == theirs.to_json()]
+    table["data"] = {**values["data"], "tokenizer": f"{folder}/ours"}
+    return [*found, read_text(config_of(table), mesh).tokenizer.to_json() == ours.tokenizer.to_json()], told
+
+
+def ignored(mesh: Any, values: dict[str, Any]) -> str:
+    """What the log says of a run's text."""
+    import io
+    import logging
+
+    heard = logging.StreamHandler(said := io.StringIO())
+    log = logging.getLogger("trivium")
+    log.addHandler(heard)
+    try:
+        read_text(config_of(values), mesh)
+    finally:
+        log.removeHandler(heard)
+    return said.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 
 from tests.train.cases import config_of
 from trivium import zero
+from trivium.base import log
 from trivium.models import Decoder, DecoderConfig, MoEConfig, build
 from trivium.moe import GateConfig
 from trivium.train import saving
@@ -130,6 +132,22 @@ def refusal(mesh: Any, values: dict[str, Any]) -> str:
     except TriviumError as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def warned(mesh: Any, values: dict[str, Any]) -> tuple[str, list[str]]:
+    """`refusal`, and the warnings logged meanwhile."""
+    seen: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append(record.getMessage())
+
+    handler = Keep(logging.WARNING)
+    log.get().addHandler(handler)
+    try:
+        return refusal(mesh, values), seen
+    finally:
+        log.get().removeHandler(handler)
 
 
 def resumed_agreement(mesh: Any, values: dict[str, Any]) -> float:

@@ -12,7 +12,8 @@ from trivium.base import config as configs
 from trivium.base.errors import ConfigError
 from trivium.models import PRESETS
 from trivium.train.build import decoder_of
-from trivium.train.config import LoopConfig, ModelConfig, TrainConfig
+from trivium.train.config import LoopConfig, ModelConfig, SummedZeroConfig, TrainConfig
+from trivium.zero.placement import ZeroConfig
 
 SMALL = {"dim": 32, "layers": 1, "heads": 2, "ffn_dim": 64}
 
@@ -23,6 +24,12 @@ def moe(**values: Any) -> dict[str, Any]:
 
 def of(**values: Any) -> TrainConfig:
     return configs.build(TrainConfig, values)
+
+
+def test_a_config_that_averages_gradients_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"zero\.average: the trainer sums gradients .* give SummedZeroConfig"):
+        TrainConfig(zero=ZeroConfig(average=True))  # type: ignore[arg-type]
+    assert not TrainConfig(zero=SummedZeroConfig(stage=2)).zero.average
 
 
 def test_the_batch_says_how_often_gradients_accumulate() -> None:
@@ -49,6 +56,8 @@ def test_a_batch_that_cannot_be_dealt_out_is_told_with_its_arithmetic() -> None:
         ({"model": SMALL, "train": {"steps": 5}, "schedule": {"warmup_steps": 6}}, r"warmup_steps=6 .* train.steps=5"),
         ({"model": SMALL, "checkpoint": {"keep_last": 1}}, r"keep_last=1: expected 2 or more"),
         ({"model": SMALL, "zero": {"stage": 4}}, r"zero.stage=4: expected 0 to 3"),
+        ({"model": SMALL, "zero": {"average": True}}, r"unknown key 'zero.average'"),
+        ({"model": SMALL, "data": {"seed": 1}}, r"unknown key 'data.seed'"),
         ({"model": SMALL, "train": {"step": 4}}, r"did you mean 'steps'"),
         ({"model": SMALL, "stage": 3}, r"it belongs in \[zero\]"),
         ({"model": SMALL, "train": {"on_nonfinite": "skp"}}, r"did you mean 'skip'"),
@@ -66,6 +75,7 @@ def test_a_batch_that_cannot_be_dealt_out_is_told_with_its_arithmetic() -> None:
         (moe(gate={"renormalize": True}), r"\[model.moe\] gate.renormalize=true with top_k=1"),
         (moe(gate={"sample_second": True}), r"gate.sample_second=true with top_k=1"),
         (moe(exchange={"kind": "flatt"}), r"model.moe.exchange.kind = 'flatt'.* did you mean 'flat'"),
+        (moe(gate={"init_std": -1.0}), r"\[model.moe.gate\] gate.init_std=-1.0"),
         (moe(exchange={"node": 0}), r"\[model.moe.exchange\] exchange.node=0"),
     ],
 )
@@ -97,7 +107,7 @@ def test_hybrid_groups_must_divide_the_ranks_that_hold_the_same_experts_too() ->
     [
         ({"kind": "coordinated"}, 2, "needs a tensor axis"),
         ({"kind": "hierarchical", "node": 3}, 4, "exchange.node=3 does not divide the 4 ranks"),
-        ({"kind": "auto", "node": 3}, 4, "exchange.node=3 does not divide the 4 ranks"),
+        ({"kind": "auto", "node": 3, "crossover_bytes": 4096}, 4, "exchange.node=3 does not divide the 4 ranks"),
     ],
 )
 def test_exchanges_that_cannot_be_had_are_refused(exchange: dict[str, Any], degree: int, words: str) -> None:
@@ -123,3 +133,9 @@ def test_the_configurations_that_ship_can_be_read_and_run_on_two_ranks(path: Pat
     config = configs.load(TrainConfig, path)
     config.check_ranks(2)
     assert decoder_of(config, config.data.vocabulary).num_parameters() > 0
+
+
+def test_keys_of_data_beside_tasks_are_named() -> None:
+    text = {"sequence": 32, "paths": ["/no/such"], "vocabulary": 999}
+    assert of(model=SMALL, data=text, tasks={}).unused == ["data.paths", "data.vocabulary"]
+    assert of(model=SMALL, data=text).unused == [] == of(model=SMALL, data={"sequence": 32}, tasks={}).unused

@@ -189,7 +189,6 @@ def test_baselines_score_only_what_carries_loss_and_stay_finite() -> None:
         ("validation", 1.0),
         ("validation", -0.1),
         ("limit_bytes", 0),
-        ("seed", -1),
     ],
 )
 def test_config_refuses_by_key(key: str, value: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,40 @@ def test_all_of_the_teachers_layers_make_the_teacher(world: Worlds, school: Path
 def test_a_gate_s_bias_begins_as_the_teacher_s_or_stays(world: Worlds, rate: float) -> None:
     (found,) = world(1).run(distill_cases.biases, (rate, 0.25))
     assert found == (True, [0.5, 0.5, -0.5, -0.5] if rate else [0.25, 0.25, -0.25, -0.25])
+
+
+@pytest.fixture(scope="module")
+def stranger(school: Path) -> dict[str, Any]:
+    """A student of another text, whose tokenizer has as many entries."""
+    folder = school / "strange"
+    folder.mkdir()
+    text = cases.words(folder)
+    for file in text.iterdir():
+        file.write_text(file.read_text().replace("function", "zebra").replace("return value", "plumbus quux wxyz"))
+    changed = {"data__paths": [str(text)], "data__cache": str(folder / "cache")}
+    return student(school, "strange-student", 2, distill={"stop": 1}, **changed)
+
+
+def test_a_teacher_of_other_tokens_is_refused(world: Worlds, school: Path, stranger: dict[str, Any]) -> None:
+    for words in world(2).run(distill_cases.refusal, stranger):
+        assert "the teacher's tokenizer" in words and "differs from the student's in its model" in words
+    words = world(2).run(distill_cases.refusal, stranger)[0]
+    assert (
+        words.startswith("ConfigError") and f"data.tokenizer = {str(school / 'teacher' / 'tokenizer.json')!r}" in words
+    )
+
+
+def test_a_teacher_without_a_tokenizer_is_taken_with_a_warning(
+    world: Worlds, school: Path, stranger: dict[str, Any]
+) -> None:
+    shutil.copytree(school / "teacher", school / "mute")
+    (school / "mute" / "tokenizer.json").unlink()
+    ((words, warned),) = world(1).run(
+        distill_cases.warned, {**stranger, "distill": {"teacher": str(school / "mute"), "stop": 1}}
+    )
+    assert words == "" and [line for line in warned if "mute holds no tokenizer.json" in line]
+    (found,) = world(1).run(distill_cases.warned, student(school, "fine", 2))
+    assert found == ("", [])
 
 
 def test_teachers_that_do_not_fit_are_refused(world: Worlds, school: Path) -> None:

@@ -82,8 +82,9 @@ def test_rows_of_metrics_hold_what_is_promised(world: Worlds, folder: Path) -> N
     assert set(step) == {
         "kind", "time", "step", "loss", "lr", "gradient_norm", "tokens", "epoch", "step_s", "tokens_per_s",
         "flops_per_s", "flops_share", "sent_bytes", "payload_bytes", "sent_by_phase", "calls", "waited_s", "memory",
-        "process", "skipped", "loss_scale",
+        "process", "skipped", "loss_scale", "detours",
     }  # fmt: skip
+    assert [row["detours"] for row in rows if row["kind"] == "step"][1:] == [0, 0, 0]
     assert step["sent_bytes"] > step["payload_bytes"] > 0 and step["tokens_per_s"] > 0
     assert step["sent_bytes"] == sum(step["sent_by_phase"].values())
     assert {"parameters", "gradients", "optimizer", "gathered", "buffers"} <= set(step["memory"])
@@ -148,6 +149,33 @@ def test_a_run_starts_from_a_hugging_face_folder(world: Worlds, folder: Path) ->
         assert one == other and shape[:2] == [32, 2]
 
 
+def test_its_tokenizer_comes_with_it(world: Worlds, folder: Path) -> None:
+    ((found, told),) = world(1).run(cases.foreign_tokenizer, cases.table(folder), str(folder / "exported"))
+    assert found == [True, True]
+    assert "holds no tokenizer.json" in told and "set data.tokenizer" in told
+
+
+def test_text_beside_tasks_is_told_to_be_without_effect(world: Worlds, tmp_path: Path) -> None:
+    values = cases.table(tmp_path, tasks={"names": ["max"], "examples": 100, "digits": 1})
+    values["data"] = {"sequence": 32, "paths": ["/no/such"], "tokenizer": "/no/such"}
+    (said,) = world(1).run(cases.ignored, values)
+    assert "data.paths, data.tokenizer: without effect" in said
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [("Hello!", "'H' is not in the vocabulary"), ("max " + "1 " * 2000, "expected 1 to max_positions")],
+)
+def test_a_prompt_that_cannot_be_asked_is_refused_before_the_first_step(
+    world: Worlds, tmp_path: Path, prompt: str, told: str
+) -> None:
+    values = cases.table(tmp_path, tasks={"names": ["max"], "examples": 200, "digits": 1}, data={"sequence": 32})
+    values["report"] = {"html": False, "prompts": ["max 1 2>", prompt]}
+    kind, code, text = world(1).run(cases.refused, values)[0]
+    assert (kind, code) == ("ConfigError", 2) and "report.prompts[1]" in text and told in text
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_tasks_are_learned_from_and_scored(world: Worlds, tmp_path: Path) -> None:
     values = cases.table(
         tmp_path,
@@ -204,6 +232,18 @@ def test_a_damaged_checkpoint_is_passed_over(world: Worlds, folder: Path) -> Non
     shard.write_bytes(bytes(data))
     result = world(1).run(cases.run, values)[0]
     assert result["steps"] == 4 and result["loss"] is not None
+
+
+def test_when_all_are_damaged_the_way_out_is_one_that_works(world: Worlds, folder: Path) -> None:
+    values = cases.table(folder, train__steps=2)
+    world(1).run(cases.run, values)
+    for shard in (folder / "run").glob("step-*/rank-*.safetensors"):
+        data = bytearray(shard.read_bytes())
+        data[-5] ^= 1
+        shard.write_bytes(bytes(data))
+    kind, _, text = world(1).run(cases.refused, cases.table(folder, train__steps=3))[0]
+    assert kind == "CheckpointError" and "are damaged" in text and "another folder (trivium train: --run)" in text
+    assert "resume=never" not in text
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(world: Worlds, folder: Path) -> None:

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from tests.train import cases
 from tests.worlds import Worlds
 from trivium.base.errors import ConfigError
+from trivium.models import DecoderConfig, MoEBlock, MoEConfig, build
+from trivium.train.objective import recomputed
 
 MOE = {"experts": 4, "top_k": 2, "ffn_dim": 24, "residual": "add", "capacity": {"factor": 1.0}}
 
@@ -96,6 +100,39 @@ def test_padding_takes_no_place_at_an_expert(world: Worlds, folder: Path) -> Non
 def test_recomputation_replays_the_routing(world: Worlds, folder: Path) -> None:
     for first, second in world(2).run(cases.recomputing, table(folder, zero__stage=3)):
         assert first == second
+
+
+class Fickle(nn.Module):
+    """A gate that changes its mind: another choice at every call that does not say which."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.gate, self.calls = gate, 0
+
+    def forward(self, x_TC: torch.Tensor, *, experts_TK: torch.Tensor | None = None, step: int | None = None) -> Any:
+        if experts_TK is None:
+            self.calls += 1
+            experts_TK = (torch.arange(2).expand(len(x_TC), 2) + self.calls).remainder(4)
+        return self.gate(x_TC, experts_TK=experts_TK, step=step)
+
+
+def test_recomputation_replays_what_a_gate_would_not_choose_again() -> None:
+    shape = DecoderConfig(
+        vocabulary=31, dim=8, layers=2, heads=2, ffn_dim=12, init_std=0.3, moe=MoEConfig(experts=4, top_k=2)
+    )
+    ids = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(0))
+    found: list[dict[str, torch.Tensor]] = []
+    for run_block in (None, recomputed):
+        model = build(shape, seed=0)
+        layer = next(block.moe for block in model.blocks if isinstance(block, MoEBlock))
+        layer.gate = gate = Fickle(layer.gate)
+        model(ids, ids, run_block=run_block).backward()
+        assert gate.calls == 1
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    plain, again = found
+    assert plain.keys() == again.keys() and any(".experts." in name for name in plain)
+    for name, gradient in plain.items():
+        assert torch.equal(gradient, again[name]), name
 
 
 def test_tasks_are_scored_on_the_way_and_experts_told(world: Worlds, folder: Path) -> None:

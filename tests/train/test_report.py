@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from trivium.base.errors import DataError, SetupError
-from trivium.train import report
+from trivium.train import report, report_router
 from trivium.train.config import TrainConfig
 from trivium.train.metrics import Recorder, read
 from trivium.train.report import Planned
@@ -45,6 +46,68 @@ def rows(*, steps: int = 5, evil: str = EVIL) -> list[dict[str, Any]]:
     return found
 
 
+def routed(layers: int) -> list[dict[str, Any]]:
+    """Three steps; expert 1 of every layer dies in the second, expert 3 besides in the third."""
+    loads = ([4, 4, 4, 4], [10, 0, 4, 2], [15, 0, 5, 0])
+    return [
+        {
+            "kind": "step", "step": step,
+            "router": [
+                {
+                    "layer": 2 * place + 1, "load": load, "drop_rate": 0.1 * step, "entropy": 1.5 - 0.25 * step,
+                    "dead": [expert for expert, count in enumerate(load) if not count],
+                }
+                for place in range(layers)
+            ],
+        }
+        for step, load in enumerate(loads, 1)
+    ]  # fmt: skip
+
+
+def drawn(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Label → axes on which `report_router` has drawn that picture."""
+    found = {}
+    for label, draw in report_router.pictures(steps):
+        found[label] = Figure().subplots()
+        draw(found[label])
+    return found
+
+
+def test_the_routers_drops_entropy_and_dead_experts_are_drawn_over_time() -> None:
+    axes = drawn(routed(2))
+    assert list(axes) == [
+        "expert, layer 1", "expert, layer 3", "dropped choices, share", "router entropy, nats",
+        "experts that nobody chose",
+    ]  # fmt: skip
+    for label, expected in (
+        ("dropped choices, share", [0.1, 0.2, 0.3]),
+        ("router entropy, nats", [1.25, 1.0, 0.75]),
+        ("experts that nobody chose", [0, 1, 2]),
+    ):
+        lines = axes[label].get_lines()
+        assert [line.get_label() for line in lines] == ["layer 1", "layer 3"]
+        for line in lines:
+            assert list(line.get_xdata()) == [1, 2, 3] and list(line.get_ydata()) == pytest.approx(expected)
+    (mesh,) = axes["expert, layer 3"].collections
+    assert mesh.get_array()[1].tolist() == [0.25, 0, 0]  # of expert 1, share by share
+
+
+def test_the_routers_summary_names_the_dead() -> None:
+    assert report_router.summary(routed(1)) == [
+        ("layer 1, 4 experts", "heaviest 75.0%, lightest 0.0% (even: 25.0%); 30.0% dropped; 2 dead (1, 3)")
+    ]
+    assert report_router.summary(rows()) == [] and report_router.pictures(rows()) == []
+
+
+@pytest.mark.parametrize(("layers", "said"), [(12, ""), (15, "\nfirst 12 of 15 layers")])
+def test_pictures_say_when_layers_are_left_out(layers: int, said: str) -> None:
+    labels = [label for label, _ in report_router.pictures(routed(layers)) if label.startswith("expert,")]
+    assert labels == [f"expert, layer {2 * place + 1}{said}" for place in range(12)]
+    experts = {"add": {str(layer): [1, 2] for layer in range(layers)}}
+    assert [label for label, _ in report_router.task_pictures(experts)] == [f"task, layer {n}{said}" for n in range(12)]
+    assert len(report_router.summary(routed(layers))) == layers
+
+
 class Seen(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -60,12 +123,20 @@ class Seen(HTMLParser):
         self.text.append(data)
 
 
-@pytest.mark.parametrize("planned", [(), (Planned(name=EVIL, planned=100, measured=99),)])
+@pytest.mark.parametrize(
+    "planned",
+    [
+        (),
+        (Planned(name=EVIL, planned=100, measured=99),),
+        (Planned(name=EVIL, planned=100, measured=80, agrees=False),),
+    ],
+)
 def test_the_page_fetches_nothing_and_runs_nothing(tmp_path: Path, planned: tuple[Planned, ...]) -> None:
     path = report.write(tmp_path, rows(), planned)
     text = path.read_text(encoding="utf-8")
     seen = Seen()
     seen.feed(text)
+    assert ("(differs)" in text) == any(not line.agrees for line in planned)
     assert "script" not in seen.tags and "iframe" not in seen.tags and "img" not in seen.tags
     assert all(link.startswith("#") for link in seen.links)
     assert not re.search(r"https?:|@import|url\((?!#)", text)

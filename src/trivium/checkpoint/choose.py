@@ -138,7 +138,7 @@ def load_resumable(
         return Resumed(folder=Path(name), extra=extra)
     if failures:
         raise CheckpointError(
-            f"all {len(failures)} checkpoints in {folder} are damaged; the newest: {failures[0]}. Use resume=never to "
-            "start anew"
+            f"all {len(failures)} checkpoints in {folder} are damaged; the newest: {failures[0]}. Put an "
+            "intact copy back, or start anew in another folder (trivium train: --run)"
         )
     return None

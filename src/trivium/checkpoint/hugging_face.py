@@ -26,7 +26,7 @@ from trivium.checkpoint.peers import Peers, peers_of, together
 from trivium.checkpoint.shard_file import ShardReader, Slot, count
 from trivium.checkpoint.targets import Target
 from trivium.dist.mesh import Mesh
-from trivium.dist.shard import Entry
+from trivium.dist.shard import Entry, require_together
 
 Names = Mapping[str, str] | Callable[[str], str] | None
 
@@ -181,13 +181,19 @@ def save_hugging_face(
         Where it was written.
     """
     peers = peers_of(mesh)
+    together(peers, "collecting what to export", lambda: require_together(model, "export"))
     layout = together(peers, "collecting what to export", lambda: layout_of(model, None, rank=peers.rank))
     mine = together(peers, "collecting what to export", lambda: _describe(layout, _translator(names), peers.rank))
     everyone = peers.all_gather_json(mine)
     plan = together(peers, "planning the export", lambda: _plan(everyone, max_shard_bytes))
     settings = config if config is not None else _own_config(model, layout)
     writer = together(peers, f"preparing {folder}", lambda: _open(peers, folder, plan, settings, overwrite))
-    failure = _send_all(peers, layout, plan, writer)
+    try:
+        failure = _send_all(peers, layout, plan, writer)
+    except BaseException as error:  # Ctrl-C too leaves nothing half written
+        if writer is not None:
+            writer.__exit__(type(error), error, error.__traceback__)
+        raise
 
     def finish() -> None:
         if writer is None:

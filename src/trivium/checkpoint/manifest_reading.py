@@ -28,7 +28,7 @@ from trivium.checkpoint.manifest import (
     rank_manifest_name,
     shard_name,
 )
-from trivium.checkpoint.shard_file import BLOCK_BYTES, ShardReader, Stored, count, extents
+from trivium.checkpoint.shard_file import BLOCK_BYTES, ShardReader, Stored, count, extents, sizes
 
 _PREFIX = re.compile(rb'\{"checksum":"([0-9a-f]{32})",')
 _HASH = re.compile(r"[0-9a-f]{32}")
@@ -191,7 +191,7 @@ def _parameter_from(item: Any, name: str, world_size: int, groups: list[Any], wh
         _whole(state.rank, where, world_size)
     group = item["group"]
     if group is not None:
-        first, second = extents(group, where) if isinstance(group, list) and len(group) == 2 else (1 << 60, 0)
+        first, second = sizes(group, where) if isinstance(group, list) and len(group) == 2 else (1 << 60, 0)
         if first >= len(groups) or second >= len(groups[first]):
             raise CheckpointError(f"{where}: there is no parameter group {str(group)[:80]}")
         group = (first, second)

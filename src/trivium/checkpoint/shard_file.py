@@ -292,7 +292,7 @@ def _stored(entry: object, base: int, where: str) -> Stored:
         raise CheckpointError(f"{where}: expected dtype, shape and data_offsets")
     shape = extents(entry["shape"], where)
     dtype = dtype_of(entry["dtype"], where)
-    offsets = extents(entry["data_offsets"], where)
+    offsets = sizes(entry["data_offsets"], where)
     num_bytes = count(shape) * dtype.itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != num_bytes:
         raise CheckpointError(
@@ -303,11 +303,17 @@ def _stored(entry: object, base: int, where: str) -> Stored:
 
 def extents(value: object, where: str) -> tuple[int, ...]:
     """``value`` as a shape: at most 64 integers from 0, their product below 2^60. Raises CheckpointError otherwise."""
+    shape = sizes(value, where)
+    if count(shape) >= 1 << 60:
+        raise CheckpointError(f"{where}: {list(shape[:8])} has more than 2^60 elements")
+    return shape
+
+
+def sizes(value: object, where: str) -> tuple[int, ...]:
+    """``value`` as a list of at most 64 integers from 0 to 2^60 - 1. Raises CheckpointError otherwise."""
     if not isinstance(value, list) or len(value) > 64:
         raise CheckpointError(f"{where}: expected a list of at most 64 sizes")
-    for extent in value:
-        if type(extent) is not int or not 0 <= extent < 1 << 60:
-            raise CheckpointError(f"{where}: {str(extent)[:40]} is not a size: expected 0 to 2^60 - 1")
-    if count(value) >= 1 << 60:
-        raise CheckpointError(f"{where}: {value[:8]} has more than 2^60 elements")
+    for size in value:
+        if type(size) is not int or not 0 <= size < 1 << 60:
+            raise CheckpointError(f"{where}: {str(size)[:40]} is not a size: expected 0 to 2^60 - 1")
     return tuple(value)

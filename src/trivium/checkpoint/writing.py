@@ -27,6 +27,7 @@ from trivium.checkpoint.peers import Peers, peers_of, together
 from trivium.checkpoint.reading import check_files
 from trivium.checkpoint.shard_file import ShardWriter, Slot, count, file_bytes
 from trivium.dist.mesh import Mesh
+from trivium.dist.shard import require_together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,17 +62,22 @@ def save(
     Raises:
         CheckpointError: it exists already, another run writes there, or something cannot be saved.
         CapacityError: the disk is full; earlier checkpoints are intact.
-        ConfigError: the place cannot be written, or ``keep_last`` is below 2.
+        ConfigError: the place cannot be written, ``keep_last`` is below 2, or experts are spread over the tensor axis.
         MismatchError: ranks disagree on a parameter.
     """
     if keep_last is not None and keep_last < 2:
         raise ConfigError(f"keep_last={keep_last}: expected 2 or more, so that one good checkpoint is always left")
     peers = peers_of(mesh)
-    layout = together(peers, "collecting what to save", lambda: layout_of(model, optimizer, rank=peers.rank))
+    layout = together(peers, "collecting what to save", lambda: _whole(model, optimizer, peers.rank))
     told = peers.all_gather_json([*layout.buffers, *layout.module_states])
     before = {name for names in told[: peers.rank] for name in names}
     shard = together(peers, "collecting what to save", lambda: _collect(layout, peers, before))
     return write(folder, shard, extra=extra, peers=peers, keep_last=keep_last, overwrite=overwrite)
+
+
+def _whole(model: nn.Module, optimizer: Optimizers, rank: int) -> Layout:
+    require_together(model, "save")
+    return layout_of(model, optimizer, rank=rank)
 
 
 def write(

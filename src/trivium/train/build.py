@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from trivium import zero
+from trivium.base import log
 from trivium.base.errors import ConfigError, RankError, TriviumError
 from trivium.checkpoint.folders import read_config
 from trivium.checkpoint.hugging_face import load_hugging_face
@@ -22,7 +23,8 @@ from trivium.dist.mesh import Mesh
 from trivium.models import Decoder, DecoderConfig, FamilyMap, build, family_of
 from trivium.train import tasks
 from trivium.train.config import OptimizerConfig, TrainConfig, check_fit
-from trivium.train.data import Corpus, Loader, Tokenizer, prepare
+from trivium.train.data import Corpus, DataConfig, Loader, Tokenizer, prepare
+from trivium.train.evaluate import encoded
 
 T = TypeVar("T")
 
@@ -74,10 +76,28 @@ def first(mesh: Mesh, doing: str, work: Callable[[], T]) -> T:
 def read_text(config: TrainConfig, mesh: Mesh) -> Text:
     """Find, tokenise and split the run's text, or draw its tasks."""
     if config.tasks is not None:
+        if mesh.rank == 0 and config.unused:
+            log.get().warning("%s: without effect, since [tasks] makes the text", ", ".join(config.unused))
         return _task_text(config.tasks)
-    found = first(mesh, "preparing the text", lambda: prepare(config.data, config.folder / "data"))
+    found = first(mesh, "preparing the text", lambda: prepare(data_of(config), config.folder / "data"))
     source = f"{len(found.sources.files)} files, {found.sources.num_bytes:,} bytes"
     return Text(tokenizer=found.tokenizer, train=found.train, validation=found.validation, source=source)
+
+
+def data_of(config: TrainConfig) -> DataConfig:
+    """The ``[data]`` table; where it names no tokenizer, ``model.from``'s weights are read with their own.
+
+    Raises ConfigError when that folder has none.
+    """
+    source = config.model.from_
+    if source is None or config.data.tokenizer is not None:
+        return config.data
+    if not (Path(source).expanduser() / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"model.from={source!r} holds no tokenizer.json, and its weights mean nothing to a tokenizer trained anew: "
+            "set data.tokenizer to the one they were trained with"
+        )
+    return replace(config.data, tokenizer=source)
 
 
 def _task_text(config: tasks.TaskConfig) -> Text:
@@ -118,8 +138,7 @@ def assemble(config: TrainConfig, mesh: Mesh, text: Text) -> Parts:
         ep=config.mesh.ep if decoder.moe is not None else None,
     )
     optimizer = adamw(model, config.optimizer)
-    settings = replace(config.zero, average=False)
-    _, sharded = zero.shard(model, optimizer, mesh, seed=config.train.seed, config=settings)
+    _, sharded = zero.shard(model, optimizer, mesh, seed=config.train.seed, config=config.zero)
     if config.model.from_ is not None:
         family = _family(config.model.from_)[0]
         source = Path(config.model.from_).expanduser()
@@ -164,3 +183,17 @@ def check_corpus(text: Text, config: TrainConfig) -> None:
             "train.validate_every is set but data.validation = 0 keeps no text apart: raise data.validation or set "
             "train.validate_every = 0"
         )
+
+
+def check_prompts(text: Text, config: TrainConfig) -> None:
+    """Raise ConfigError for a prompt of the report that the model could not be asked, before it is trained."""
+    limit = decoder_of(config, text.tokenizer.vocabulary).max_positions
+    for index, prompt in enumerate(config.report.prompts):
+        try:
+            count = len(encoded(text.tokenizer, prompt))
+        except TriviumError as error:
+            raise ConfigError(f"report.prompts[{index}]: {error}") from error
+        if not 1 <= count <= limit:
+            raise ConfigError(
+                f"report.prompts[{index}] = {prompt[:40]!r} has {count} tokens: expected 1 to max_positions={limit}"
+            )

@@ -1,6 +1,6 @@
 """One training run as data: the tables of CONFIG.toml, and the contradictions between them, told with their arithmetic.
 
-ZeRO's stage and buckets are the ``[zero]`` table, `trivium.zero.ZeroConfig` itself.
+ZeRO's stage and buckets are the ``[zero]`` table, `trivium.zero.ZeroConfig` but for ``average``.
 """
 
 from __future__ import annotations
@@ -307,6 +307,13 @@ class ReportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SummedZeroConfig(ZeroConfig):
+    """The ``[zero]`` table. ``average`` is none of its keys: the trainer sums, and divides by the step's tokens."""
+
+    average: bool = field(default=False, init=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A whole run. ``run`` is its folder; ``tasks`` present: train on generated tasks in place of ``[data]``'s text;
     ``distill`` present: learn from a teacher as well (`trivium distill`)."""
@@ -319,12 +326,16 @@ class TrainConfig:
     distill: DistillConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    zero: SummedZeroConfig = field(default_factory=SummedZeroConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
     checkpoint: SaveConfig = field(default_factory=SaveConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
+        if self.zero.average:
+            raise ConfigError(
+                "zero.average: the trainer sums gradients and divides by its tokens: give SummedZeroConfig"
+            )
         if not self.run or "\0" in self.run:
             raise ConfigError("run is empty: expected the folder that the run writes to")
         if self.schedule.warmup_steps > self.train.steps:
@@ -336,6 +347,15 @@ class TrainConfig:
             self.train.accumulation_for(1)
         if self.model.from_ is None and self.tasks is None and self.data.tokenizer is None:
             check_fit(self.model.decoder(self.data.vocabulary), self.data.vocabulary, self.data.sequence)
+
+    @property
+    def unused(self) -> list[str]:
+        """Keys of ``[data]`` that say something and change nothing: with ``[tasks]``, all but the sequence length."""
+        if self.tasks is None:
+            return []
+        usual = DataConfig(sequence=self.data.sequence)
+        names = [entry.name for entry in fields(DataConfig)]
+        return [f"data.{name}" for name in names if getattr(self.data, name) != getattr(usual, name)]
 
     @property
     def folder(self) -> Path:

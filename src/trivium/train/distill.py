@@ -15,6 +15,7 @@ first check with a cosine of at most ``conflict`` for ``patience`` checks in suc
 from __future__ import annotations
 
 import gc
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from trivium.models import Decoder, DecoderConfig, Record, build
 from trivium.nn import SoftTargets
 from trivium.train.build import Parts, first
 from trivium.train.config import DistillConfig, TrainConfig
-from trivium.train.data import Batch, validation_batches
+from trivium.train.data import Batch, Tokenizer, validation_batches
 from trivium.train.layers import pair_layers
 from trivium.train.objective import LanguageModel, Measured, settings
 
@@ -202,6 +203,12 @@ def load_teacher(config: TrainConfig, parts: Parts, mesh: Mesh) -> Decoder:
             f"the teacher has a vocabulary of {shape.vocabulary}, the student of {parts.decoder.vocabulary}: they must "
             "read the same tokens; give the student the teacher's tokenizer (data.tokenizer)"
         )
+    own = parts.text.tokenizer
+    known = first(mesh, "comparing the tokenizers", lambda: same_tokenizer(folder.parent, own))
+    if not known and mesh.rank == 0:
+        log.get().warning(
+            "%s holds no tokenizer.json: that the teacher reads the student's tokens is taken on trust", folder.parent
+        )
     if shape.max_positions < config.data.sequence:
         raise ConfigError(
             f"the teacher reads {shape.max_positions} tokens at most, data.sequence={config.data.sequence}"
@@ -235,6 +242,23 @@ def find_teacher(path: Path) -> tuple[Path, DecoderConfig]:
     if not isinstance(extra, dict) or "model" not in extra:
         raise CheckpointError(f"{folder} was not written by trivium train: it does not say its model's shape")
     return folder, configs.build(DecoderConfig, extra["model"], f"{folder}: model")
+
+
+def same_tokenizer(folder: Path, own: Tokenizer) -> bool:
+    """Whether the teacher's ``folder`` tells its tokenizer; ConfigError where it makes other tokens than ``own``."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return False
+    theirs, ours = (json.loads(one.to_json()) for one in (Tokenizer.load(file), own))
+    apart = [
+        key for key in ("model", "added_tokens", "normalizer", "pre_tokenizer") if theirs.get(key) != ours.get(key)
+    ]
+    if apart:
+        raise ConfigError(
+            f"the teacher's tokenizer, {file}, differs from the student's in its {', '.join(apart)}: they must read "
+            f"the same tokens; set data.tokenizer = {str(file)!r}"
+        )
+    return True
 
 
 def copy_layers(teacher: Decoder, student: Decoder, layers: tuple[int, ...] | None, *, lead: bool) -> None:

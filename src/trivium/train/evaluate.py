@@ -33,6 +33,13 @@ def drop_free(model: Decoder) -> Iterator[None]:
             layer.capacity = limit
 
 
+def encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The ids of ``prompt`` and of what texts begin with. Raises DataError for what the tokenizer cannot read."""
+    ids = tokenizer.encode(prompt)
+    begin = [] if tokenizer.begin_id is None or ids[:1] == [tokenizer.begin_id] else [tokenizer.begin_id]
+    return [*begin, *ids]
+
+
 class Generator:
     """Answers prompts with ``model``. Its methods are collectives; every rank passes the same prompts."""
 
@@ -41,9 +48,7 @@ class Generator:
 
     def answers(self, prompts: Sequence[str], *, max_tokens: int) -> list[str]:
         """What the model writes after each prompt, up to its end token, ``max_tokens`` or its last position."""
-        mine = [self.tokenizer.encode(prompt) for prompt in prompts][self.comm.rank :: self.comm.size]
-        if self.tokenizer.begin_id is not None:
-            mine = [[self.tokenizer.begin_id, *ids] if ids[:1] != [self.tokenizer.begin_id] else ids for ids in mine]
+        mine = [encoded(self.tokenizer, prompt) for prompt in prompts][self.comm.rank :: self.comm.size]
         written = self.extend(mine, max_tokens=max_tokens)
         everyone = self.comm.all_gather_json([self.tokenizer.decode(ids) for ids in written])
         return [everyone[i % self.comm.size][i // self.comm.size] for i in range(len(prompts))]

@@ -24,9 +24,10 @@ from trivium.checkpoint import check_folder
 from trivium.checkpoint.commit import lock
 from trivium.dist.ledger import Ledger
 from trivium.dist.mesh import Mesh
+from trivium.memory.pages import recycled_pages
 from trivium.models import DecoderConfig
 from trivium.train import evaluate, saving, tasks
-from trivium.train.build import Parts, Text, assemble, check_corpus, lead, read_text
+from trivium.train.build import Parts, Text, assemble, check_corpus, check_prompts, lead, read_text
 from trivium.train.config import TrainConfig
 from trivium.train.data import Baseline, baseline
 from trivium.train.digest import weights_sha256
@@ -80,11 +81,12 @@ def train(
     plan: PlanBeside | None = None,
     writers: Sequence[Writer] = (),
     objective: MakeObjective | None = None,
+    ends_process: bool = False,
 ) -> Outcome:
     """Run ``config`` on ``mesh``. Collective. ``terminal``: whether progress is live (None: if stderr is one).
-    ``plan`` puts a forecast beside what was measured; it stands a floor above and is therefore given.
-    ``writers`` see every row of metrics as it is written, on rank 0. ``objective`` makes the loss, given the resumed
-    run's saved state of it (None in a new run); None: the language model's.
+    ``plan`` (from a floor above) is put beside what was measured. ``writers`` see every row of metrics, on rank 0.
+    ``objective`` makes the loss, given the resumed run's saved state of it (None in a new run); None: the language
+    model's. ``ends_process``: a launcher's SIGTERM, sent as soon as a peer is lost, cuts off no word about an error.
 
     Raises ConfigError, DataError, CheckpointError, NonFiniteError; SIGTERM and Ctrl-C end it after the step, saved.
     """
@@ -96,10 +98,11 @@ def train(
         extras = lead(mesh, "opening writers", lambda: open_writers(config)) or ()
         text = read_text(config, mesh)
         check_corpus(text, config)
+        check_prompts(text, config)
         lead(mesh, "saving the tokenizer", lambda: text.tokenizer.save(config.folder))
         run = _Run(config, mesh, text, (*extras, *writers), plan, objective)
         stack.callback(run.recorder.close)
-        with signals() as stop:
+        with signals(deaf_after_error=ends_process and mesh.size > 1) as stop:
             return run.go(stop, terminal)
 
 
@@ -246,6 +249,8 @@ class _Run:
     def _row(self, result: StepResult, sent: Ledger, seconds: float, waited: float) -> None:
         memory = None
         more: dict[str, Any] = dict(result.extras)
+        if result.detours is not None:
+            more["detours"] = result.detours
         if self.progress.step % self.config.train.log_every == 0 or self.progress.step == 1:
             memory = self.control.all_gather_json(process_memory())
             if self.stepper.router is not None:
@@ -287,6 +292,8 @@ class _Run:
             measured["exchanged"] = sorted(away)[len(away) // 2]
         if self._watched is not None:
             measured["total"] = self._watched.num_bytes + self._held
+            if recycled_pages(self.mesh.device) is not None:  # these the allocator does not see, and they are kept
+                measured["total"] += measured.get("gathered", 0)
         return tuple(self._plan(self.config, self.parts.decoder, self.mesh.data_size, measured))
 
     def _sequence_tokens(self) -> int:

@@ -28,11 +28,12 @@ pre{background:#22272e}svg{background:#fff}}"""
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """One line of plan beside measured, in bytes."""
+    """One line of plan beside measured, in bytes. ``agrees``: they differ by no more than is promised."""
 
     name: str
     planned: int
     measured: int
+    agrees: bool = True
 
 
 def write(folder: Path, rows: Sequence[Row], planned: Sequence[Planned] = ()) -> Path:
@@ -133,7 +134,7 @@ def _memory(last: Row, planned: Sequence[Planned]) -> str:
         head = '<tr><th></th><th class="n">plan</th><th class="n">measured</th></tr>'
         body = "".join(
             f'<tr><td>{_text(line.name)}</td><td class="n">{format_bytes(line.planned)}</td>'
-            f'<td class="n">{format_bytes(line.measured)}</td></tr>'
+            f'<td class="n">{format_bytes(line.measured)}{"" if line.agrees else " (differs)"}</td></tr>'
             for line in planned
         )
         table = f"<table>{head}{body}</table>"

@@ -21,13 +21,14 @@ def pictures(steps: Sequence[Row]) -> list[tuple[str, Draw]]:
         return []
     layers = [layer["layer"] for layer in told[-1]["router"]]
     found: list[tuple[str, Draw]] = [
-        (f"expert, layer {layer}", partial(_load, told=told, place=place))
+        (f"expert, layer {layer}{_cut(layers)}", partial(_load, told=told, place=place))
         for place, layer in enumerate(layers[:_MOST_LAYERS])
     ]
     return [
         *found,
-        ("dropped choices, share", lambda axes: _lines(axes, told, layers, "drop_rate")),
-        ("router entropy, nats", lambda axes: _lines(axes, told, layers, "entropy")),
+        ("dropped choices, share", lambda axes: _lines(axes, told, layers, lambda row: row["drop_rate"])),
+        ("router entropy, nats", lambda axes: _lines(axes, told, layers, lambda row: row["entropy"])),
+        ("experts that nobody chose", lambda axes: _lines(axes, told, layers, lambda row: len(row["dead"]))),
     ]
 
 
@@ -53,7 +54,15 @@ def summary(steps: Sequence[Row]) -> list[tuple[str, str]]:
 def task_pictures(experts: Mapping[str, Mapping[str, Sequence[int]]]) -> list[tuple[str, Draw]]:
     """One picture a layer: tasks down, experts across, the share of a task's tokens as the shade."""
     layers = list(next(iter(experts.values()), {}))
-    return [(f"task, layer {layer}", partial(_tasks, experts=experts, layer=layer)) for layer in layers[:_MOST_LAYERS]]
+    return [
+        (f"task, layer {layer}{_cut(layers)}", partial(_tasks, experts=experts, layer=layer))
+        for layer in layers[:_MOST_LAYERS]
+    ]
+
+
+def _cut(layers: Sequence[Any]) -> str:
+    """What a label adds where not all layers are drawn."""
+    return f"\nfirst {_MOST_LAYERS} of {len(layers)} layers" if len(layers) > _MOST_LAYERS else ""
 
 
 def _load(axes: Any, told: Sequence[Row], place: int) -> None:
@@ -69,9 +78,9 @@ def _load(axes: Any, told: Sequence[Row], place: int) -> None:
     axes.figure.colorbar(shown, ax=axes, label="share of choices")
 
 
-def _lines(axes: Any, told: Sequence[Row], layers: Sequence[int], key: str) -> None:
+def _lines(axes: Any, told: Sequence[Row], layers: Sequence[int], value: Callable[[Row], float]) -> None:
     for place, layer in enumerate(layers):
-        axes.plot([row["step"] for row in told], [row["router"][place][key] for row in told], label=f"layer {layer}")
+        axes.plot([row["step"] for row in told], [value(row["router"][place]) for row in told], label=f"layer {layer}")
     axes.set_ylim(bottom=0)
     if len(layers) <= _MOST_LAYERS:
         axes.legend()

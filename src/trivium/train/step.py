@@ -33,7 +33,9 @@ from trivium.zero.api import engine_of
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What a step did, equal on every rank. ``loss`` is in nats per token, ``losses`` sums per micro-batch in order:
-    both the cross-entropy alone. ``extras``: what else the objective holds, per token.
+    both the cross-entropy alone. ``extras``: what else the objective holds, per token. ``detours``: gathers
+    that the step passed over or made outside of its plan, those that its end left over aside, by this rank's own count;
+    None where parameters are not sharded.
 
     ``stop`` is the largest ``wish`` that any rank gave.
     """
@@ -47,6 +49,7 @@ class StepResult:
     finite: bool
     stop: int
     extras: Mapping[str, float] = field(default_factory=dict)
+    detours: int | None = None
 
 
 class Stepper:
@@ -79,6 +82,8 @@ class Stepper:
         ``wish`` is asked when backward is done: a signal that came during the step counts for it.
         """
         parts = self.parts
+        conductor = engine_of(parts.model).conductor
+        detours = conductor.num_detours
         self.batches = []
         losses, extras, names = [], [], self.objective.names()
         for _ in range(self.accumulation):
@@ -111,6 +116,7 @@ class Stepper:
             finite=finite,
             stop=max(row[0] for row in rows),
             extras=_per_token(names, [row[2 + self.accumulation :] for row in rows], tokens),
+            detours=conductor.num_detours - detours if self.config.zero.row.parameter else None,
         )
 
     def backward(self, batch: Batch, step: int) -> Measured:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 _SAME_S = 0.5
 
@@ -33,10 +34,13 @@ class Stop:
 
 
 @contextmanager
-def signals() -> Iterator[Stop]:
-    """Handle SIGTERM and SIGINT inside the block; outside the main thread nothing is handled."""
+def signals(*, deaf_after_error: bool = False) -> Iterator[Stop]:
+    """Handle SIGTERM and SIGINT inside the block; outside the main thread nothing is handled.
+
+    With ``deaf_after_error`` SIGTERM is ignored once an error has left the block, for a process that then only says so.
+    """
     stop = Stop()
-    before = {}
+    before: dict[signal.Signals, Any] = {}
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             before[number] = signal.signal(number, stop.receive)
@@ -44,6 +48,10 @@ def signals() -> Iterator[Stop]:
         before = {}
     try:
         yield stop
+    except BaseException:
+        if deaf_after_error and before:
+            before[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -16,8 +16,9 @@ class DataConfig:
 
     ``paths``: folders, globs or files; empty means the Python standard library's own source.
     ``format``: ``auto`` takes .jsonl and .ndjson as rows, all else as text.
-    ``tokenizer``: a tokenizer.json or a folder that holds one; None trains a byte-level BPE of ``vocabulary`` entries
-    on the training documents. ``validation`` is the share of files (rows, for JSONL) kept out of training.
+    ``tokenizer``: a tokenizer.json or a folder that holds one; None: the one that ``[model] from`` brings, else a
+    byte-level BPE is trained, of ``vocabulary`` entries, on the training documents. ``validation`` is the share of
+    files (rows, for JSONL) kept out of training.
     ``limit_bytes`` reads only that much (files chosen by hash, so the choice is stable). ``cache`` is a folder; None
     means the run's own.
     """
@@ -30,7 +31,6 @@ class DataConfig:
     vocabulary: int = 8192
     sequence: int = 512
     validation: float = 0.05
-    seed: int = 0
     cache: str | None = None
 
     def __post_init__(self) -> None:
@@ -47,5 +47,3 @@ class DataConfig:
             raise ConfigError(f"data.validation={self.validation}: expected a share from 0 up to, not including, 1")
         if self.limit_bytes is not None and self.limit_bytes < 1:
             raise ConfigError(f"data.limit_bytes={self.limit_bytes}: expected 1 or more, or leave it out for no limit")
-        if self.seed < 0:
-            raise ConfigError(f"data.seed={self.seed}: expected 0 or more")
