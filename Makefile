@@ -2,13 +2,15 @@
 #
 #   make demo | demo-text | test | lint | docs | clean
 #   make demo PYTHON=python3.12                                     another interpreter
+#   make test JOBS=4                                                more tests side by side; 0: none
 #   make demo TORCH_INDEX=URL-of-an-index-of-CPU-builds             no GPU here: gigabytes less to download
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 VENV ?= .venv
+JOBS ?= 2
 
-SOURCES = pyproject.toml constraints.txt setup.py src/trivium/kernels/build.py $(wildcard src/trivium/kernels/native/*.h src/trivium/kernels/native/*.cpp)
+SOURCES = Makefile pyproject.toml constraints.txt setup.py src/trivium/kernels/build.py $(wildcard src/trivium/kernels/native/*.h src/trivium/kernels/native/*.cpp)
 PIP_ARGS = -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 BIN = $(VENV)/bin
@@ -23,7 +25,7 @@ demo-text: $(VENV)/.run
 	$(BIN)/trivium demo --text
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -51,7 +53,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.run: $(SOURCES) | $(VENV)/bin/python
 	@echo "Installing into $(VENV) (torch is the large part) ..."
-	$(PIP) $(PIP_ARGS) -e .
+	$(PIP) $(PIP_ARGS) -e '.[serve]'
 	@touch $@
 
 $(VENV)/.test: $(SOURCES) | $(VENV)/bin/python

@@ -61,6 +61,21 @@ def test_a_conversation_with_memory(model, tmp_path, monkeypatch, capsys) -> Non
     assert capsys.readouterr().out == f"{answers[0]}\n" * 2
 
 
+def test_what_the_model_is_asked(model, monkeypatch, capsys) -> None:
+    """The conversation so far, the system message first; a new one keeps the system message alone."""
+    asked: list[list[dict[str, str]]] = []
+    encode = LLM.encode_chat
+    monkeypatch.setattr(LLM, "encode_chat", lambda llm, messages: asked.append(list(messages)) or encode(llm, messages))
+    assert talk(monkeypatch, model, "hello", "more", "/system be brief", "again", "/reset", "anew") == 0
+    said = [[(one["role"], one["content"]) for one in messages] for messages in asked]
+    (_, one), (_, two) = said[1][1], said[2][4]
+    assert said[0] == [("user", "hello")]
+    assert said[1] == [("user", "hello"), ("assistant", one), ("user", "more")]
+    assert said[2] == [("system", "be brief"), *said[1], ("assistant", two), ("user", "again")]
+    assert said[3] == [("system", "be brief"), ("user", "anew")]
+    assert capsys.readouterr().out.startswith(f"{one}\n{two}\n")
+
+
 def test_a_message_that_does_not_fit_is_told_and_forgotten(model, monkeypatch, capsys) -> None:
     assert talk(monkeypatch, model, "x" * 700, "hello") == 0
     captured = capsys.readouterr()

@@ -24,20 +24,32 @@ def stop(number, frame):
     sys.exit(130)
 signal.signal(signal.SIGINT, stop)
 print("ready", file=sys.stderr, flush=True)
+open(sys.argv[1] + ".ready", "w").close()
 time.sleep(600)
 """
 PARENT = """
-import subprocess, sys
+import os, signal, subprocess, sys, time
 from trivium.cli import demo, main
 pipe = subprocess.PIPE if sys.argv[3] == "read" else None
+if sys.argv[3] == "starting":
+    class Popen(subprocess.Popen):
+        def __init__(self, *given, **more):
+            super().__init__(*given, **more)
+            while not os.path.exists(sys.argv[2] + ".ready"):
+                time.sleep(0.01)
+            signal.raise_signal(signal.SIGINT)
+    subprocess.Popen = Popen
 main._invoke = lambda arguments: demo._call([sys.executable, "-c", sys.argv[1], sys.argv[2]], stdout=pipe).returncode
 main.main()
 """
 
 
-@pytest.mark.parametrize("how", ["read", "shown"])
+@pytest.mark.parametrize("how", ["read", "shown", "starting"])
 def test_the_run_under_way_is_not_killed_but_waited_for(tmp_path: Path, how: str) -> None:
-    """The signal reaches the demo alone, as from ``kill``; a terminal would send it to both."""
+    """The signal reaches the demo alone, as from ``kill``; a terminal would send it to both.
+
+    ``starting``: it comes while the run is being started, before the demo can know the run's process.
+    """
     saved = tmp_path / "saved"
     process = subprocess.Popen(
         [sys.executable, "-c", PARENT, CHILD, str(saved), how],
@@ -45,7 +57,8 @@ def test_the_run_under_way_is_not_killed_but_waited_for(tmp_path: Path, how: str
     )  # fmt: skip
     try:
         assert process.stderr is not None and process.stderr.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
+        if how != "starting":
+            process.send_signal(signal.SIGINT)
         assert process.wait(timeout=120) == 130
         assert process.stderr.read() == "" and saved.read_text() == "saved"
     finally:
@@ -99,3 +112,6 @@ class _Ended:
 
     def communicate(self) -> tuple[str, str]:
         return "", ""
+
+    def send_signal(self, number: int) -> None:
+        raise AssertionError(f"signal {number}")

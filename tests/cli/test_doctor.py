@@ -16,6 +16,7 @@ import pytest
 from tests.worlds import child_environment
 from trivium.cli import doctor
 from trivium.cli.main import run
+from trivium.kernels import build, registry
 
 Usage = namedtuple("Usage", "total used free")
 NAMES = [
@@ -99,6 +100,25 @@ def test_a_machine_without_torch_still_gets_its_report() -> None:
     assert [check["name"] for check in json.loads(done.stdout)["checks"]] == [*NAMES, "extras"]
 
 
+@pytest.mark.parametrize(
+    ("variants", "compiler", "words"),
+    [
+        ((), None, "no C++ compiler was there"),
+        ((), "c++", "generation is several times slower"),
+        (("generic",), "c++", "without this CPU's vector instructions"),
+    ],
+)
+def test_what_is_lost_without_native_kernels(
+    variants: tuple[str, ...], compiler: str | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "native_variants", lambda: variants)
+    monkeypatch.setattr(build, "find_compiler", lambda: compiler)
+    check = doctor.check_kernels()
+    assert check.status == "note" and words in check.found
+    assert check.fix is not None and check.fix.startswith("python -m trivium.kernels.build")
+    assert check.data == {"variants": list(variants)}
+
+
 def test_full_disk(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(1 << 40, 1 << 40, 1 << 20))
     check = broken(capsys, "disk")
@@ -143,12 +163,13 @@ def test_the_usual_port_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "MASTER_PORT" in (check.fix or "")
 
 
-def test_a_deleted_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    monkeypatch.chdir(gone)
-    gone.rmdir()
-    assert doctor.check_disk().status == "fail"
+def test_no_folder_for_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(doctor.tempfile, "gettempdir", missing)
+    check = doctor.check_disk()
+    assert check.status == "fail" and "TMPDIR" in (check.fix or "")
 
 
 def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:

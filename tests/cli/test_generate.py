@@ -1,4 +1,4 @@
-"""``trivium generate``: streams on a terminal, JSON lines otherwise; rows C8, C9, C10, C13, C14 of the fault matrix."""
+"""``trivium generate``: streams on a terminal, JSON lines otherwise; rows C9, C10, C13 and C14 of the fault matrix."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import tokenizers
 
-from tests.inference.folders import folder
+from tests.inference.folders import folder, tokenizer_json
+from tests.inference.reference import reference, save
+from tests.inference.zoo import CASES
 from tests.worlds import child_environment
 from trivium.cli import main as frame
 
@@ -32,7 +36,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def lines(text: str) -> list[dict[str, object]]:
-    return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line) for line in text.removesuffix("\n").split("\n")]
 
 
 def command(*arguments: str) -> list[str]:
@@ -84,6 +88,14 @@ def test_a_file_of_prompts_in_order_with_settings_of_their_own(model, tmp_path, 
         ('{"prompt": "a", "top_p": 7}', "top_p=7: expected a number from 0 to 1"),
         ('{"id": 1}', "expected one of prompt and messages"),
         ('{"messages": 7}', "messages is a int"),
+        ('{"prompt": "a", "logit_bias": null}', "logit_bias=None: expected token ids, each with a number"),
+        ('{"prompt": "a", "logit_bias": [1]}', "logit_bias=[1]: expected token ids"),
+        ('{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias='x': expected a whole number"),
+        ('{"prompt": "a", "stop_token_ids": 5}', "stop_token_ids=5: expected a list of token ids"),
+        ('{"prompt": "a", "stop": null}', "stop=None: expected texts"),
+        ('{"prompt": "a", "echo": "false"}', "echo='false': expected True or False"),
+        ('{"prompt": "a", "ignore_eos": "no"}', "ignore_eos='no': expected True or False"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "the text holds the lone surrogate \\ud800"),
     ],
 )
 def test_bad_lines_fail_alone(model, tmp_path, capsys, text: str, words: str) -> None:
@@ -100,6 +112,48 @@ def test_bad_lines_fail_alone(model, tmp_path, capsys, text: str, words: str) ->
     assert "error: 2 of 4 prompts failed; their lines say why" in captured.err
 
 
+def test_half_a_character_fails_alone(model, tmp_path, capsys) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"\\ud83d"\n"whole"\n{"prompt": {"a": 1}}\n{"prompt": [true]}\n')
+    assert frame.run(["generate", model, "--file", str(file), *QUICK]) == 1
+    found = lines(capsys.readouterr().out)
+    assert [line["finish_reason"] for line in found] == ["error", "length", "error", "error"]
+    assert "the lone surrogate \\ud83d at character 0" in str(found[0]["error"])
+    assert frame.run(["generate", model, "-p", "\udcff", "--text", *QUICK]) == 2
+    assert "lone surrogate" in capsys.readouterr().err
+
+
+def test_biases_and_the_prompts_log_probabilities_by_line(model, tmp_path, capsys) -> None:
+    file = tmp_path / "prompts.jsonl"
+    asked = [{"prompt": "abc", "logit_bias": {"65": 1000.0}, "prompt_logprobs": 2}, "abc"]
+    file.write_text("\n".join(json.dumps(one) for one in asked))
+    assert frame.run(["generate", model, "--file", str(file), *QUICK]) == 0
+    biased, plain = lines(capsys.readouterr().out)
+    assert biased["token_ids"] == [65] * 6 != plain["token_ids"]
+    first, *rest = biased["prompt_logprobs"]  # type: ignore[misc]
+    assert first is None and [len(one["top"]) for one in rest] == [2, 2]
+    assert all(one["logprob"] < 0 for one in rest) and "prompt_logprobs" not in plain
+
+
+def test_a_file_that_is_a_pipe(model: str, tmp_path: Path, capsys) -> None:
+    """Nothing is counted, since that would take the prompts away."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=('"a"\n"b"\n',))
+    writer.start()
+    assert frame.run(["generate", model, "--file", str(pipe), *QUICK]) == 0
+    writer.join()
+    captured = capsys.readouterr()
+    assert [line["prompt"] for line in lines(captured.out)] == ["a", "b"]
+    assert "2 prompts, " in captured.err
+    done = subprocess.run(
+        command(model, "--file", "/dev/stdin", *QUICK), input=b'"a"\n"b"\n', capture_output=True,
+        env=child_environment(), timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [line["prompt"] for line in lines(done.stdout.decode())] == ["a", "b"]
+
+
 def test_a_file_of_bad_lines_alone(model, tmp_path, capsys) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_bytes(b"\xff\n{\n" + b"[" * 100_000)
@@ -107,6 +161,52 @@ def test_a_file_of_bad_lines_alone(model, tmp_path, capsys) -> None:
     captured = capsys.readouterr()
     assert [line["finish_reason"] for line in lines(captured.out)] == ["error"] * 3
     assert "error: 3 of 3 prompts failed" in captured.err and "Traceback" not in captured.err
+
+
+def test_a_folder_that_transformers_saved_gives_the_tokens_that_it_gives(tmp_path, capsys) -> None:
+    transformers = pytest.importorskip("transformers")
+    reader = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer_json()))
+    model = reference("Llama", {**CASES["llama"][1], "vocab_size": 260})
+    reader.save_pretrained(tmp_path)
+    save(model, tmp_path)
+    for prompt in ("a", "sort qzkab>"):
+        ids = reader(prompt, return_tensors="pt").input_ids
+        whole = model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)[0].tolist()
+        capsys.readouterr()  # what that library's own imports say
+        assert frame.run(["generate", str(tmp_path), "-p", prompt, "--max-tokens", "24", "--temperature", "0"]) == 0
+        (line,) = lines(capsys.readouterr().out)
+        assert line["prompt_tokens"] == ids.shape[1]
+        assert line["token_ids"] == whole[ids.shape[1] :]
+        assert line["text"] == reader.decode(whole[ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_c10_json_on_a_terminal_too(model, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert frame.run(["generate", model, "-p", "hello", "--json", *QUICK]) == 0
+    (line,) = lines(capsys.readouterr().out)
+    assert set(line) == {"index", "prompt", "prompt_tokens", "cached_tokens", "text", "token_ids", "finish_reason"}
+
+
+def test_c14_no_home(model: str) -> None:
+    """The model's own path has a space and a letter beyond ASCII."""
+    environment = child_environment()
+    environment.pop("HOME", None)
+    done = subprocess.run(command(model, "-p", "hello", *QUICK), env=environment, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr.decode()
+    assert [line["finish_reason"] for line in lines(done.stdout.decode())] == ["length"]
+
+
+def test_c14_a_folder_that_is_gone(model: str, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    leave = 'rmdir "$PWD" && exec "$@"'
+    done = subprocess.run(
+        ["sh", "-c", leave, "sh", *command(model, "-p", "hello", *QUICK)],
+        cwd=gone, env=child_environment(), capture_output=True, timeout=240,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (3, b"")
+    assert done.stderr.endswith(b"error: the working folder has been deleted: cd to one that exists\n")
+    assert not gone.exists()
 
 
 def test_log_probabilities_come_as_json(model, capsys, monkeypatch) -> None:
@@ -121,7 +221,7 @@ def test_log_probabilities_come_as_json(model, capsys, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words", "code"),
     [
-        (["nowhere", "-p", "x"], "nowhere: no such folder or checkpoint", 2),
+        (["nowhere", "-p", "x"], "nowhere: no such folder or checkpoint", 5),
         (["MODEL", "-p", "x", "--file", "y"], "--file and --prompt: give one of them", 2),
         (["MODEL", "-p", "x", "--top-p", "2"], "top_p=2: expected a number from 0 to 1", 2),
         (["MODEL", "--file", "nothing.jsonl"], "nothing.jsonl: No such file or directory", 1),
@@ -129,6 +229,10 @@ def test_log_probabilities_come_as_json(model, capsys, monkeypatch) -> None:
         (["MODEL", "-p", "x", "--memory", "1kB"], "the weights take", 4),
         (["MODEL", "-p", "x", "--dtype", "float8"], "dtype='float8'", 2),
         (["MODEL", "-p", "x", "--device", "tpu"], "device='tpu': expected auto, cpu or cuda", 2),
+        (["MODEL", "-p", "x", "--max-sequences", "0"], "Invalid value for '--max-sequences'", 2),
+        (["MODEL", "-p", "x", "--threads", "0"], "Invalid value for '--threads'", 2),
+        (["MODEL", "-p", "x", "--max-sequences", "1000000"], "max_sequences=1000000: expected a whole number", 2),
+        (["MODEL", "--file", "."], ".: Is a directory; expected a file of JSON lines", 1),
         (["BARE", "-p", "x"], "no tokenizer", 1),
         (["BARE", "-p", "x", "--chat"], "no tokenizer", 2),
         (["BARE", "--file", "FILE", "--chat"], "no tokenizer", 2),

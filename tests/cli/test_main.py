@@ -185,7 +185,11 @@ def test_c13_ctrl_c_leaves_no_trace(delay_s: float) -> None:
     process.stdout.readline()
     time.sleep(delay_s)
     process.send_signal(signal.SIGINT)
-    _, words = process.communicate(timeout=240)
+    try:
+        _, words = process.communicate(timeout=240)
+    finally:
+        process.kill()
+        process.wait()
     assert process.returncode == 130, words.decode()
     assert b"Traceback" not in words
 
@@ -197,3 +201,16 @@ def test_c16_python_flags_change_nothing(flags: tuple[str, ...]) -> None:
     assert done.stdout.startswith("{")
     assert done.stderr == ""
     assert trivium("nothing", flags=flags).returncode == 2
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["generate", "model", "--prompt", "x"], ["train", "../x.toml"], []])
+def test_c14_a_deleted_folder_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert frame.run(arguments) == 3
+    assert capsys.readouterr().err == "error: the working folder has been deleted: cd to one that exists\n"
+    assert frame.run(["--version"]) == 0

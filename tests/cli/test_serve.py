@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -67,6 +68,10 @@ def test_a_port_that_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--queue", "-1"], "limits.queue=-1"),
         (["--body-bytes", "0"], "limits.body_bytes=0"),
         (["--access-log", "/nowhere/at/all"], "--access-log"),
+        (["--threads", "0"], "'--threads': Input should be greater than or equal to 1"),
+        (["--max-sequences", "0"], "'--max-sequences': Input should be greater than or equal to 1"),
+        (["--step-tokens", "1"], "'--step-tokens': Input should be greater than or equal to 2"),
+        (["--max-positions", "0"], "'--max-positions': Input should be greater than or equal to 1"),
     ],
 )
 def test_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str) -> None:
@@ -74,8 +79,18 @@ def test_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list
     assert said in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_package_that_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:  # C8
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else found(name))
+    assert run(["serve", str(tmp_path)]) == 3
+    told = " ".join(capsys.readouterr().err.split())
+    assert "needs uvicorn: in the project's folder, pip install -e '.[serve]'" in told
+
+
 def test_models_that_cannot_be_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["serve", str(tmp_path / "none")]) == 2
+    assert run(["serve", str(tmp_path / "none")]) == 5
     assert "no such folder" in capsys.readouterr().err
 
 
@@ -110,6 +125,19 @@ def test_the_whole_way_as_a_process(
             rows = list(csv.DictReader(file))
         assert tuple(rows[0]) == COLUMNS
         assert picture.read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize("option", ["--concurrency", "--rates"])
+@pytest.mark.parametrize("numbers", ["nan", "inf", "-1", "0", "1,inf", "1;2", "a", "1e400"])
+def test_bench_wants_numbers(capsys: pytest.CaptureFixture[str], option: str, numbers: str) -> None:
+    assert run(["bench", "serve", "--url", "http://127.0.0.1:1/v1", option, numbers]) == 2
+    assert f"{option} '{numbers}': expected numbers above 0" in " ".join(capsys.readouterr().err.split())
+
+
+def test_bench_wants_whole_requests_under_way(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "serve", "--url", "http://127.0.0.1:1/v1", "--concurrency", "1,1.5"]) == 2
+    assert "--concurrency '1,1.5': expected whole numbers" in " ".join(capsys.readouterr().err.split())
+    assert run(["bench", "serve", "--url", "http://127.0.0.1:1/v1", "--concurrency", "", "--rates", "1.5"]) == 3
 
 
 def test_bench_wants_one_server(capsys: pytest.CaptureFixture[str]) -> None:

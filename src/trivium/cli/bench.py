@@ -12,6 +12,7 @@ from trivium.base.errors import ConfigError
 from trivium.cli.bench_inference import inference
 from trivium.cli.bench_quality import quality
 from trivium.cli.bench_serve import serve
+from trivium.cli.interrupts import load_torch
 from trivium.cli.output import word_console
 from trivium.cli.report import JsonFile, PlotFile, check_files, keep, tell
 
@@ -51,6 +52,7 @@ def zero(
 ) -> None:
     """Times are compared within a round only; memory is proportional set size above imports and start-up."""
     log.setup()
+    load_torch()
     from trivium.bench.table import table, targets
     from trivium.bench.zero import CONTESTANTS, ZeroBench, run
 
@@ -92,6 +94,7 @@ def moe(
 ) -> None:
     """Times are compared within a round only; all layers compute the same, from the same weights."""
     log.setup()
+    load_torch()
     from trivium.bench.moe import PARTS, MoEBench, lines, run
 
     names = PARTS if parts is None else tuple(name.strip() for name in parts.split(","))

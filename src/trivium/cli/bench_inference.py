@@ -9,17 +9,21 @@ import typer
 
 from trivium.base import log
 from trivium.base.errors import ConfigError
+from trivium.cli.interrupts import load_torch
 from trivium.cli.output import word_console
 from trivium.cli.report import check_files, keep, tell
 
 
 def inference(
-    shape: Annotated[str, typer.Option(help="0.5b, 1.1b, gpt2 (128M) or moe (64 experts, 8 chosen).")] = "0.5b",
+    shape: Annotated[str, typer.Option(help="0.5b, 1.1b, 8b, gpt2 (128M) or moe (64 experts, 8 chosen).")] = "0.5b",
     rounds: Annotated[int, typer.Option(help="Rounds in which every contestant has its turn, at most.")] = 5,
     minutes: Annotated[float, typer.Option(help="No round begins that would end later; the first always runs.")] = 5.5,
     steps: Annotated[int, typer.Option(help="Decode steps per contestant, batch and round.")] = 6,
     threads: Annotated[int, typer.Option(help="Threads of every contestant.")] = 2,
-    contestants: Annotated[str | None, typer.Option(help="Comma-separated; default: all.")] = None,
+    contestants: Annotated[
+        str | None, typer.Option(help="Comma-separated; default: all, on cuda ours and transformers' in bfloat16.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: shares are of its copy bandwidth.")] = "cpu",
     perplexity: Annotated[
         Path | None, typer.Option(help="Instead: this model's perplexity on --text in every number format.")
     ] = None,
@@ -31,18 +35,27 @@ def inference(
 ) -> None:
     """Times are compared within a round only; the read limit of the memory is measured in every round."""
     log.setup()
-    from trivium.bench.inference import CONTESTANTS, InferenceBench, run
+    load_torch()
+    from trivium.bench.inference import CONTESTANTS, ON_CUDA, InferenceBench, run
     from trivium.bench.inference_table import lines, table
 
     check_files(json_file)
     if perplexity is not None or text is not None:
         _perplexity(perplexity, text, tokens, threads, json_file)
         return
-    names = tuple(CONTESTANTS) if contestants is None else tuple(name.strip() for name in contestants.split(","))
+    usual = ON_CUDA if device == "cuda" else tuple(CONTESTANTS)
+    names = usual if contestants is None else tuple(name.strip() for name in contestants.split(","))
     command = f"trivium bench inference --shape {shape} --rounds {rounds} --minutes {minutes:g} --steps {steps}"
     command += f" --threads {threads}" + (f' --contestants "{contestants}"' if contestants else "")
+    command += f" --device {device}" if device != "cpu" else ""
     bench = InferenceBench(
-        shape=shape, rounds=rounds, steps=steps, threads=threads, contestants=names, budget_s=60 * minutes
+        shape=shape,
+        rounds=rounds,
+        steps=steps,
+        threads=threads,
+        contestants=names,
+        budget_s=60 * minutes,
+        device=device,
     )
     report = run(bench, command, word_console().print, lambda found: keep(found, json_file))
     tell(report, json_file, lambda: [table(report), *lines(report)])

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from trivium.base import log
+from trivium.cli.interrupts import load_torch
 from trivium.cli.output import word_console
 from trivium.cli.report import JsonFile, PlotFile, check_files, keep, tell
 
@@ -32,6 +33,7 @@ def quality(
 ) -> None:
     """Every run is a `trivium train` or `trivium distill` of its own; called again, it goes on where it stopped."""
     log.setup()
+    load_torch()
     from trivium.bench.quality import lines, run
     from trivium.bench.quality_plot import plot
     from trivium.bench.quality_runs import CLAIMS, QualityBench

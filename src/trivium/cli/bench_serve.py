@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import sys
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from trivium.base import log
 from trivium.base.errors import ConfigError
+from trivium.cli.interrupts import load_torch
 from trivium.cli.output import word_console
 from trivium.cli.report import JsonFile, PlotFile, check_files, keep, tell
 
@@ -35,7 +37,7 @@ def serve(
     prompt_words: Annotated[int, typer.Option(help="Words of a prompt.")] = 64,
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 64,
     ignore_eos: Annotated[bool, typer.Option(help="Answers of full length; a field beyond OpenAI's.")] = True,
-    first_ms: Annotated[float, typer.Option(help="Goodput counts answers that begin within this.")] = 1000.0,
+    first_ms: Annotated[float, typer.Option(help="Goodput counts answers that begin within this.")] = 2000.0,
     gap_ms: Annotated[float, typer.Option(help="… and take at most this per further token.")] = 100.0,
     server_option: Annotated[
         list[str] | None, typer.Option(help="For trivium serve, as --threads=2; repeatable.")
@@ -51,6 +53,7 @@ def serve(
 ) -> None:
     """Closed loop and open loop; time to first token, gaps, goodput."""
     log.setup()
+    load_torch()
     from trivium.bench.serve import ServeBench, run, write_csv
     from trivium.bench.serve_client import Target
     from trivium.bench.serve_process import started
@@ -63,11 +66,14 @@ def serve(
         from trivium.bench.serve_promises import ROWS, Promises
 
         wanted = ROWS if only is None else [name.strip() for name in only.split(",")]
-        asked = Promises(only=wanted, overload_s=overload_s, soak_requests=soak_requests, soak_s=soak_s)
+        asked = Promises(
+            only=wanted, overload_s=overload_s, soak_requests=soak_requests, soak_s=soak_s,
+            first_ms=first_ms, gap_ms=gap_ms,
+        )  # fmt: skip
         _promises(asked, command, json_file, csv_file, plot_file)
         return
     bench = ServeBench(
-        concurrency=[int(one) for one in _numbers(concurrency, "--concurrency")],
+        concurrency=_whole(concurrency, "--concurrency"),
         rates=_numbers(rates, "--rates"),
         requests=requests,
         duration_s=duration,
@@ -142,8 +148,19 @@ def _shown(arguments: list[str]) -> list[str]:
     return shown
 
 
+def _whole(text: str, option: str) -> list[int]:
+    numbers = _numbers(text, option)
+    if any(one != int(one) for one in numbers):
+        raise ConfigError(f"{option} {text!r}: expected whole numbers parted by commas, such as 1,16,64")
+    return [int(one) for one in numbers]
+
+
 def _numbers(text: str, option: str) -> list[float]:
+    """Finite numbers above 0, parted by commas."""
     try:
-        return [float(part) for part in text.split(",") if part.strip()]
+        found = [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ConfigError(f"{option} {text!r}: expected numbers parted by commas, such as 1,16,64") from None
+        found = [math.nan]
+    if not all(math.isfinite(one) and one > 0 for one in found):
+        raise ConfigError(f"{option} {text!r}: expected numbers above 0 parted by commas, such as 1,16,64")
+    return found

@@ -11,6 +11,7 @@ import typer
 from trivium.base import config, log
 from trivium.base.errors import CheckpointError, ConfigError
 from trivium.base.units import format_count, parse_bytes
+from trivium.cli.interrupts import load_torch
 from trivium.cli.output import print_json, word_console
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -37,6 +38,7 @@ def convert(
 ) -> None:
     """Convert tensor by tensor; memory stays at one block. No code in the source is ever run."""
     log.setup()
+    load_torch()
     from trivium import checkpoint
 
     if quantize is not None:
@@ -100,7 +102,7 @@ def _export(path: Path, target: Path, *, plain: bool, max_shard_bytes: int, over
             path,
             target,
             names=LLAMA.to_theirs,
-            config=LLAMA.to_hugging_face(model, dtype=found.dtype),
+            config={**LLAMA.to_hugging_face(model, dtype=found.dtype), **_token_ids((target, path, path.parent))},
             max_shard_bytes=max_shard_bytes,
             overwrite=overwrite,
         )
@@ -133,6 +135,23 @@ def _import(path: Path, target: Path, *, plain: bool, overwrite: bool) -> dict[s
         )
     _copy_tokenizer((path,), written.parent)
     return _report(path, written, "Trivium checkpoint", describe(written).num_parameters)
+
+
+def _token_ids(folders: tuple[Path, ...]) -> dict[str, int]:
+    """What config.json says of the tokenizer that will lie beside it: the ids that end, begin and pad a text."""
+    from trivium.base.errors import DataError
+    from trivium.train.data import Tokenizer
+
+    folder = next((folder for folder in folders if (folder / "tokenizer.json").is_file()), None)
+    if folder is None:
+        return {}
+    try:
+        using = Tokenizer.load(folder)
+    except DataError as error:
+        log.get().warning("config.json names no token that ends a text: %s", error)
+        return {}
+    found = {"eos_token_id": using.end_id, "bos_token_id": using.begin_id, "pad_token_id": using.pad_id}
+    return {key: number for key, number in found.items() if number is not None}
 
 
 def _copy_tokenizer(sources: tuple[Path, ...], target: Path) -> None:

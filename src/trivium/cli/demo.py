@@ -25,6 +25,7 @@ from rich.console import Console
 from trivium.base.errors import ConfigError, TriviumError
 from trivium.base.units import format_bytes, format_count
 from trivium.cli import demo_ask, demo_experts, demo_runs, launching
+from trivium.cli.interrupts import handed_on
 from trivium.cli.output import data_console, fitted
 
 KILLED_AT, SAVED_EVERY = 16, 8
@@ -265,17 +266,14 @@ def _call(
     stderr: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``command`` to its end. Ctrl-C is handed on and its own way of stopping waited for, then it ends this too."""
-    interrupted = False
     env = {**os.environ, **(environment or {})}
-    with subprocess.Popen(command, env=env, stdout=stdout, stderr=stderr, text=True) as process:
-        while True:
-            try:
-                out, err = process.communicate()
-                break
-            except KeyboardInterrupt:
-                interrupted = True
-                process.send_signal(signal.SIGINT)
-    if interrupted or process.returncode == INTERRUPTED:
+    with (
+        handed_on(signal.SIGINT) as hand,
+        subprocess.Popen(command, env=env, stdout=stdout, stderr=stderr, text=True) as process,
+    ):
+        hand.to(process.send_signal)
+        out, err = process.communicate()
+    if hand.first or process.returncode == INTERRUPTED:
         raise KeyboardInterrupt
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 

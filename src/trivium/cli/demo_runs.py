@@ -45,10 +45,10 @@ def text(folder: Path) -> Mapping[str, Any]:
         "schedule": {"kind": "wsd", "warmup_steps": 20, "min_ratio": 0.02, "decay_fraction": 0.4},
         "zero": {"stage": 3},
         "train": {
-            "steps": 220,
+            "steps": 160,
             "micro_batch": 8,
             "batch": 16,
-            "validate_every": 110,
+            "validate_every": 80,
             "validation_batches": 0,
             "log_every": 50,
         },
@@ -65,7 +65,7 @@ def teacher(folder: Path) -> Path:
 def tasks(folder: Path) -> Mapping[str, Any]:
     """A pyramid of residual experts, half of them on each rank, that adds, reverses, sorts and finds the largest."""
     return {
-        **_task_run(teacher(folder), steps=950),
+        **_task_run(teacher(folder), steps=700),
         "model": {**_TASK_MODEL, "layers": 4, "moe": {**_EXPERTS, "experts": [4, 8]}},
         "mesh": {"ep": RANKS},
     }
@@ -74,7 +74,7 @@ def tasks(folder: Path) -> Mapping[str, Any]:
 def student(folder: Path) -> Mapping[str, Any]:
     """One layer less, which begins as the teacher's, learns from it for three fifths of its run, then on its own."""
     return {
-        **_task_run(folder / "task-student", steps=500),
+        **_task_run(folder / "task-student", steps=360),
         "model": {**_TASK_MODEL, "layers": 3, "moe": {**_EXPERTS, "experts": [4, 8], "layers": [1, 2]}},
         "mesh": {"ep": RANKS},
         "distill": {"teacher": str(teacher(folder)), "stop": 0.6},
@@ -84,7 +84,7 @@ def student(folder: Path) -> Mapping[str, Any]:
 def dense(folder: Path) -> Mapping[str, Any]:
     """As many parameters for each token as the teacher, without experts."""
     return {
-        **_task_run(folder / "task-dense", steps=950),
+        **_task_run(folder / "task-dense", steps=700),
         "model": {**_TASK_MODEL, "layers": 4},
     }
 
@@ -99,13 +99,13 @@ def _task_run(folder: Path, steps: int) -> dict[str, Any]:
         "tasks": {},
         "data": {"sequence": 64},
         "optimizer": {"lr": 3e-3, "betas": (0.9, 0.98)},
-        "schedule": {"kind": "wsd", "warmup_steps": 50, "min_ratio": 0.0, "decay_fraction": 0.4},
+        "schedule": {"kind": "wsd", "warmup_steps": 50, "min_ratio": 0.0, "decay_fraction": 0.5},
         "zero": {"stage": 3},
         "train": {"steps": steps, "micro_batch": 16, "batch": 32, "validate_every": steps, "log_every": 50},
         "checkpoint": {"every": 0, "resume": "never"},
         "report": {
             "task_prompts": 300,
-            "score_every": 190,
+            "score_every": 200,
             "score_prompts": 20,
             "prompts": ("add 12+35>", "reverse qzkab>", "sort qzkab>", "max 31 7 92>"),
             "sample_tokens": 10,

@@ -9,13 +9,10 @@ import os
 import platform
 import re
 import shutil
-import signal
 import socket
 import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,6 +23,7 @@ import typer
 from trivium import __version__
 from trivium.base.errors import SetupError, TriviumError
 from trivium.base.units import format_bytes
+from trivium.cli.interrupts import interrupts_held, load_torch
 from trivium.cli.output import data_console, print_json
 
 if TYPE_CHECKING:
@@ -136,6 +134,7 @@ def check_torch() -> Check:
     fix = f"pip install 'torch>={MIN_TORCH[0]}.{MIN_TORCH[1]}'"
     try:
         version = importlib.metadata.version("torch")
+        load_torch()
         import torch
     except importlib.metadata.PackageNotFoundError:
         return Check(name="torch", status="fail", found="is not installed", fix=fix)
@@ -203,10 +202,11 @@ def check_memory() -> Check:
 
 def check_disk() -> Check:
     """Room where runs and temporary files go."""
+    here = os.getcwd()
     try:
-        here, temporary = os.getcwd(), tempfile.gettempdir()
+        temporary = tempfile.gettempdir()
     except FileNotFoundError as error:
-        fix = "cd to a folder that exists, and set TMPDIR to one that can be written"
+        fix = "set TMPDIR to a folder that can be written"
         return Check(name="disk", status="fail", found=f"no folder to write to: {error}", fix=fix)
     free = {folder: shutil.disk_usage(folder).free for folder in (here, temporary)}
     found = ", ".join(f"{format_bytes(count)} free in {folder}" for folder, count in free.items())
@@ -279,29 +279,13 @@ def check_ranks() -> Check:
     try:
         if read_world().size > 1:
             return Check(name="ranks", status="ok", found="not tried under a launcher of several ranks")
-        with _interrupts_held():  # torch's store aborts the process when one comes in the middle of its callbacks
+        with interrupts_held():  # torch's store aborts the process when one comes in the middle of its callbacks
             init(device="cpu")
             shutdown()
     except (TriviumError, RuntimeError, ValueError) as error:
         fix = "check that this machine's own name resolves (hostname in /etc/hosts), or set GLOO_SOCKET_IFNAME=lo"
         return Check(name="ranks", status="fail", found=f"gloo does not start: {str(error).splitlines()[0]}", fix=fix)
     return Check(name="ranks", status="ok", found="gloo starts")
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Let Ctrl-C wait until the block has ended."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        raise KeyboardInterrupt
 
 
 def check_compiler() -> Check:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import stat
 import sys
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,9 +21,11 @@ from trivium.cli.loading import Options, given, open_llm, shown
 
 if TYPE_CHECKING:
     from trivium.inference import LLM, Output, SamplingParams
+    from trivium.inference.request import TokenLogprobs
 
 _WORD_EVERY_S = 10.0
 _LINE_BYTES = 64 << 20
+_WHOLE = re.compile(r"0|[1-9][0-9]{0,18}")
 
 
 def register(app: typer.Typer) -> None:
@@ -52,11 +56,12 @@ def generate(
     logprobs: Annotated[int | None, typer.Option(help="Tell log-probabilities, with so many likeliest tokens.")] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Repeat the prompt before the answer.")] = False,
     speculate: Annotated[
-        bool, typer.Option("--speculate", help="Guess tokens that stood before; same answers.")
+        bool,
+        typer.Option("--speculate", help="Guess tokens that stood before; same tokens, rests where it does not pay."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines, also on a terminal.")] = False,
     as_text: Annotated[bool, typer.Option("--text", help="Plain text as it comes, also into a pipe or file.")] = False,
-    max_sequences: Annotated[int, typer.Option(help="Answers computed at once.")] = 64,
+    max_sequences: Annotated[int, typer.Option(min=1, help="Answers computed at once.")] = 64,
     dtype: loading.DType = "auto",
     quantize: loading.Quantize = None,
     device: loading.Device = "auto",
@@ -184,6 +189,10 @@ def _request(llm: LLM, where: str, item: Any, changes: dict[str, Any], chat: boo
     own = {name: value for name, value in item.items() if name not in ("prompt", "messages", "id")}
     if ("prompt" in item) == ("messages" in item):
         raise DataError(f"{where}: expected one of prompt and messages")
+    if isinstance(own.get("logit_bias"), dict):  # JSON knows no other keys than texts
+        own["logit_bias"] = {
+            int(key) if _WHOLE.fullmatch(key) else key: bias for key, bias in own["logit_bias"].items()
+        }
     try:
         params = llm.sampling(**{**changes, **own})
         if "messages" in item:
@@ -215,10 +224,7 @@ def _line(index: int, item: Any, output: Output) -> dict[str, Any]:
         if choice.error is not None:
             told["error"] = choice.error
         if choice.logprobs is not None:
-            told["logprobs"] = [
-                {"token_id": one.token_id, "logprob": one.logprob, "top": [list(pair) for pair in one.top]}
-                for one in choice.logprobs
-            ]
+            told["logprobs"] = [_logprobs(one) for one in choice.logprobs]
         choices.append(told)
     line: dict[str, Any] = {"index": index}
     if isinstance(item, dict) and "id" in item:
@@ -228,7 +234,13 @@ def _line(index: int, item: Any, output: Output) -> dict[str, Any]:
     else:
         line["prompt"] = item.get("prompt") if isinstance(item, dict) else item
     line |= {"prompt_tokens": len(output.prompt_token_ids), "cached_tokens": output.cached_tokens}
+    if output.prompt_logprobs is not None:
+        line["prompt_logprobs"] = [None if one is None else _logprobs(one) for one in output.prompt_logprobs]
     return {**line, **(choices[0] if len(choices) == 1 else {"choices": choices})}
+
+
+def _logprobs(one: TokenLogprobs) -> dict[str, Any]:
+    return {"token_id": one.token_id, "logprob": one.logprob, "top": [list(pair) for pair in one.top]}
 
 
 class _Progress:
@@ -267,7 +279,7 @@ class _Progress:
         rate = self._llm.stats.generated_tokens / seconds
         of = "" if self._total is None else f" of {self._total}"
         left = ""
-        if self._total is not None and self._done < self._total:
+        if self._total is not None and 0 < self._done < self._total:
             left = f", {seconds / self._done * (self._total - self._done):.0f} s left"
         return f"{self._done}{of} prompts, {rate:.1f} tokens/s, {seconds:.0f} s{left}"
 
@@ -284,7 +296,7 @@ def _read_stdin() -> str:
 
 def _items(file: Path) -> Iterator[tuple[str, Any]]:
     """Where each prompt stands and what its line says, or the DataError that it is."""
-    with file.open("rb") as opened:
+    with _opened(file) as opened:
         for number, line in enumerate(iter(lambda: opened.readline(_LINE_BYTES), b""), start=1):
             if not line.strip():
                 continue
@@ -299,10 +311,24 @@ def _items(file: Path) -> Iterator[tuple[str, Any]]:
             yield where, item
 
 
-def _count(file: Path) -> int:
-    """Prompts in ``file``. Raises DataError where it cannot be read."""
+def _count(file: Path) -> int | None:
+    """Prompts in ``file``; None where reading takes them away (a pipe). Raises DataError where it cannot be read."""
     try:
-        with file.open("rb") as opened:
-            return sum(1 for line in opened if line.strip())
+        kind = file.stat().st_mode
     except OSError as error:
-        raise DataError(f"{file}: {error.strerror}; expected a file of JSON lines") from None
+        raise _unreadable(file, error) from None
+    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+        return None
+    with _opened(file) as opened:
+        return sum(1 for line in opened if line.strip())
+
+
+def _opened(file: Path) -> IO[bytes]:
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: OSError) -> DataError:
+    return DataError(f"{file}: {error.strerror}; expected a file of JSON lines")

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import psutil
 
 from trivium.base.errors import RankError, TriviumError
 from trivium.base.log import get
+from trivium.cli.interrupts import handed_on
 from trivium.dist.launch import read_world
 
 _NOISE = re.compile(
@@ -107,44 +109,33 @@ def launch(verb: str, arguments: Sequence[str], ranks: int) -> tuple[int, Any]:
             command.append("--terminal")
         theirs, ours = os.pipe()
         with os.fdopen(theirs, "rb", buffering=0) as pipe:
-            try:
-                process = subprocess.Popen(command, stdout=ours, stderr=ours, start_new_session=True)
-            finally:
-                os.close(ours)
-            words = _Words()
-            reader = threading.Thread(target=words.copy, args=(pipe.fileno(),), daemon=True)
-            reader.start()
-            sent = _wait(process)
+            with handed_on(signal.SIGINT, signal.SIGTERM) as hand:
+                try:
+                    process = subprocess.Popen(command, stdout=ours, stderr=ours, start_new_session=True)
+                finally:
+                    os.close(ours)
+                hand.to(partial(_send_to_ranks, process))
+                words = _Words()
+                reader = threading.Thread(target=words.copy, args=(pipe.fileno(),), daemon=True)
+                reader.start()
+                process.wait()
             reader.join(timeout=5)
-        return _conclude(process.returncode, read_notes(folder), words, ranks, sent)
+        return _conclude(process.returncode, read_notes(folder), words, ranks, hand.first)
 
 
-def _wait(process: subprocess.Popen[bytes]) -> int:
-    """Until torchrun has ended; the first signal that was handed on, or 0."""
-    first = 0
-
-    def forward(number: int, frame: Any) -> None:
-        nonlocal first
-        first = first or number
-        try:
-            workers = psutil.Process(process.pid).children()
-        except psutil.NoSuchProcess:
-            return
-        if not workers:
-            process.terminate()
-        for worker in workers:
-            try:
-                worker.send_signal(number)
-            except psutil.NoSuchProcess:
-                continue
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+def _send_to_ranks(process: subprocess.Popen[bytes], number: int) -> None:
+    """Signal ``number`` to the ranks that the torchrun of ``process`` has started; without any yet, it is ended."""
     try:
-        process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return first
+        workers = psutil.Process(process.pid).children()
+    except psutil.NoSuchProcess:
+        return
+    if not workers:
+        process.terminate()
+    for worker in workers:
+        try:
+            worker.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
 
 
 def read_notes(folder: Path) -> list[Note]:
@@ -169,7 +160,8 @@ def _conclude(returned: int, notes: Sequence[Note], words: _Words, ranks: int, s
     if sent:
         return 128 + sent, answer
     signals = words.signals()
-    for rank in silent:
+    ended = {rank for rank in silent if signals.get(rank) == signal.SIGTERM}  # by torchrun, once another was lost
+    for rank in sorted(set(silent) - ended) or silent:
         how = f"killed by signal {signals[rank]}" if rank in signals else "without a word"
         why = "; signal 9 is often the kernel's, when memory runs out" if signals.get(rank) == 9 else ""
         get().error("the cause was rank %d, which ended %s%s", rank, how, why)

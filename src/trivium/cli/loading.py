@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trivium.base.errors import ConfigError
+from trivium.base.errors import CheckpointError
+from trivium.cli.interrupts import load_torch
 
 if TYPE_CHECKING:
     from trivium.inference import LLM
@@ -20,7 +21,7 @@ Quantize = Annotated[str | None, typer.Option(help="int8 or int4.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Memory = Annotated[str | None, typer.Option(help="For weights and cache together, for example 8GiB.")]
 Backend = Annotated[str, typer.Option(help="auto, native or torch.")]
-Threads = Annotated[int | None, typer.Option(help="For computing; default: all cores.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="For computing; default: all cores.")]
 MaxPositions = Annotated[int | None, typer.Option(help="Tokens of a prompt and its answer.")]
 CacheDType = Annotated[str, typer.Option(help="Of the cache's entries: auto, float32, bfloat16 or int8.")]
 MaxTokens = Annotated[int, typer.Option(help="Of an answer.")]
@@ -50,15 +51,17 @@ def open_llm(model: str, options: Options, **more: Any) -> LLM:
     """Load ``model``; one line on stderr says what it runs on.
 
     Raises:
-        ConfigError: there is no such folder.
+        CheckpointError: there is no such folder.
     """
     if not Path(model).exists():
-        raise ConfigError(f"{model}: no such folder or checkpoint")
+        raise CheckpointError(f"{model}: no such folder or checkpoint")
+    load_torch()
     from trivium.inference import LLM
-    from trivium.kernels.registry import explain
+    from trivium.kernels.registry import explain, lost
 
     llm = LLM(model, **{**vars(options), **more})
-    runs = explain() if llm.device == "cpu" and options.backend == "auto" else llm.engine.executor.name
+    native = llm.device == "cpu" and options.backend == "auto" and lost() is None  # else LLM has told what is lost
+    runs = explain() if native else llm.engine.executor.name
     print(f"{llm.name}: {runs}", file=sys.stderr, flush=True)
     return llm
 

@@ -15,7 +15,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from trivium.base.errors import TriviumError
+from trivium.base.errors import SetupError, TriviumError
+from trivium.cli.interrupts import interrupts_held
 
 if TYPE_CHECKING:
     import typer
@@ -96,7 +97,9 @@ def build_app(verb: str | None) -> typer.Typer:
         if importlib.util.find_spec(module) is None:
             continue
         if name == verb:
-            importlib.import_module(module).register(app)
+            with interrupts_held():
+                loaded = importlib.import_module(module)
+            loaded.register(app)
         else:
             app.command(name, help=summary)(_not_loaded)
     return app
@@ -116,6 +119,7 @@ def _invoke(arguments: list[str]) -> int:
 
         print(f"trivium {__version__}")
         return 0
+    _in_a_folder()
     import typer
     from typer.main import get_command
 
@@ -132,6 +136,14 @@ def _invoke(arguments: list[str]) -> int:
     except click_error as error:
         return _usage(error)
     return 0
+
+
+def _in_a_folder() -> None:
+    """Raise SetupError where the working folder has been deleted: MKL, loaded late by torch, ends the process there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise SetupError("the working folder has been deleted: cd to one that exists") from None
 
 
 def _usage(error: Any) -> int:

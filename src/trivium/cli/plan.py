@@ -12,6 +12,7 @@ import typer
 from trivium.base import log
 from trivium.base.errors import CapacityError, ConfigError
 from trivium.base.units import format_bytes, format_count, parse_bytes
+from trivium.cli.interrupts import load_torch
 from trivium.cli.output import data_console, print_json, word_console
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def plan(
         if config is not None or preset is not None:
             raise ConfigError("--serve MODEL plans to serve that model: leave CONFIG and --preset out")
         _refuse_idle("--serve", set=overrides or None, **given._replace(dtype=None, sequence=None)._asdict())
+        load_torch()
         from trivium.cli.plan_serving import plan_serving
 
         plan_serving(
@@ -88,6 +90,7 @@ def plan(
         raise ConfigError("--set overrides keys of CONFIG.toml: it has no effect with --preset")
     _refuse_idle("a training plan, only with --serve", **packed)
     limit = None if memory is None else parse_bytes(memory)
+    load_torch()
     if config is None:
         shape, setting = _of_preset(preset or "", given)
     else:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trivium.base import log
-from trivium.base.errors import ConfigError, SetupError
+from trivium.base.errors import CheckpointError, ConfigError, SetupError
+from trivium.cli.interrupts import load_torch
 from trivium.cli.output import word_console
 
 if TYPE_CHECKING:
@@ -45,10 +46,12 @@ def serve(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     memory: Annotated[str | None, typer.Option(help="For weights and cache together, for example 8GiB.")] = None,
     backend: Annotated[str, typer.Option(help="auto, native or torch.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="For computing; default: all cores.")] = None,
-    max_positions: Annotated[int | None, typer.Option(help="Tokens of a prompt and its answer.")] = None,
-    max_sequences: Annotated[int, typer.Option(help="Answers computed at once.")] = 64,
-    step_tokens: Annotated[int, typer.Option(help="Tokens per step: how long one prompt may hold up others.")] = 256,
+    threads: Annotated[int | None, typer.Option(min=1, help="For computing; default: all cores.")] = None,
+    max_positions: Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt and its answer.")] = None,
+    max_sequences: Annotated[int, typer.Option(min=1, help="Answers computed at once.")] = 64,
+    step_tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens per step: how long one prompt may hold up others.")
+    ] = 256,
     body_bytes: Annotated[int, typer.Option(help="Largest body.")] = 2 << 20,
     header_bytes: Annotated[int, typer.Option(help="Largest head of a request.")] = 16 << 10,
     header_count: Annotated[int, typer.Option(help="Most headers.")] = 64,
@@ -63,7 +66,7 @@ def serve(
     top_logprobs: Annotated[int, typer.Option(help="Most log-probabilities per token.")] = 20,
     tools: Annotated[int, typer.Option(help="Most tools.")] = 128,
     grammar_bytes: Annotated[int, typer.Option(help="Longest regex or grammar.")] = 64 << 10,
-    grammar_s: Annotated[float, typer.Option(help="Seconds to compile a grammar.")] = 0.2,
+    grammar_s: Annotated[float, typer.Option(help="Seconds of a processor to compile a grammar.")] = 0.2,
     header_s: Annotated[float, typer.Option(help="Seconds for the head of a request.")] = 10.0,
     body_s: Annotated[float, typer.Option(help="Seconds for the body of a request.")] = 30.0,
     idle_s: Annotated[float, typer.Option(help="Seconds a connection may be idle.")] = 15.0,
@@ -80,7 +83,10 @@ def serve(
     log.setup()
     missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
     if missing:
-        raise SetupError(f"trivium serve needs {', '.join(missing)}: pip install 'trivium[serve]'")
+        raise SetupError(
+            f"trivium serve needs {', '.join(missing)}: in the project's folder, pip install -e '.[serve]'"
+        )
+    load_torch()
     from trivium.serve.limits import Limits
     from trivium.serve.server import Server, ServerConfig, local_url
 
@@ -92,7 +98,7 @@ def serve(
         step_s=step_s, connections=connections, queue=queue, per_key=per_key,
     )  # fmt: skip
     if not Path(model).exists():
-        raise ConfigError(f"{model}: no such folder or checkpoint")
+        raise CheckpointError(f"{model}: no such folder or checkpoint")
     called = name or Path(model).resolve().name
     options: dict[str, Any] = {
         "dtype": dtype, "quantize": quantize, "device": device, "memory": memory, "backend": backend,

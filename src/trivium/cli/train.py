@@ -108,7 +108,7 @@ def _run(settings: TrainConfig, launched: bool, terminal: bool, objective: MakeO
     how = settings.train
     mesh = init(device=how.device, timeout_s=how.timeout_s, nearby=how.nearby, ep=settings.mesh.largest)
     plan = _beside if objective is None else None  # a teacher's bytes are in no plan
-    outcome = run(settings, mesh, terminal=terminal or None, plan=plan, objective=objective)
+    outcome = run(settings, mesh, terminal=terminal or None, plan=plan, objective=objective, ends_process=True)
     answer = _answer(settings, outcome, mesh.data_size) if mesh.rank == 0 else None
     return (128 + outcome.signal if outcome.signal else 0), answer
 
@@ -119,7 +119,7 @@ def _beside(config: TrainConfig, decoder: DecoderConfig, ranks: int, measured: M
     from trivium.train.report import Planned
 
     rows = report.compare(configured.plan_run(config, decoder, ranks), measured)
-    return [Planned(name=row.name, planned=row.planned, measured=row.measured) for row in rows]
+    return [Planned(name=row.name, planned=row.planned, measured=row.measured, agrees=row.agrees) for row in rows]
 
 
 def _answer(settings: TrainConfig, outcome: Outcome, ranks: int) -> dict[str, Any]:
@@ -148,7 +148,10 @@ def _answer(settings: TrainConfig, outcome: Outcome, ranks: int) -> dict[str, An
         "samples": [list(pair) for pair in outcome.samples],
         "checkpoint": None if outcome.checkpoint is None else str(outcome.checkpoint),
         "report": None if outcome.report is None else str(outcome.report),
-        "planned": {row.name: {"planned": row.planned, "measured": row.measured} for row in outcome.planned},
+        "planned": {
+            row.name: {"planned": row.planned, "measured": row.measured, "agrees": row.agrees}
+            for row in outcome.planned
+        },
         "sha256": outcome.digest,
         "signal": outcome.signal,
     }
@@ -185,8 +188,10 @@ def _tell(answer: dict[str, Any], as_json: bool) -> None:
         console.print(f"{'rank 0':<12}{'plan':>14}{'measured':>14}", soft_wrap=True)
     for name, row in answer["planned"].items():
         off = "exact" if row["planned"] == row["measured"] else f"{row['measured'] / max(row['planned'], 1) - 1:+.1%}"
+        mark = "" if row["agrees"] else "  differs"
         console.print(
-            f"{name:<12}{format_bytes(row['planned']):>14}{format_bytes(row['measured']):>14}{off:>10}", soft_wrap=True
+            f"{name:<12}{format_bytes(row['planned']):>14}{format_bytes(row['measured']):>14}{off:>10}{mark}",
+            soft_wrap=True,
         )
     for key in ("checkpoint", "report"):
         if answer[key]:
