@@ -10,10 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from trivium.base.errors import ConfigError
+from trivium.base.errors import ConfigError, SetupError
 from trivium.bench import inference_process
-from trivium.bench.inference import InferenceBench, read_limit, run, summary, undisturbed
+from trivium.bench.inference import ON_CUDA, InferenceBench, copy_limit, read_limit, run, summary, undisturbed
 from trivium.bench.inference_process import ContestantDied, Worker
 from trivium.bench.inference_table import lines, table, targets
 from trivium.bench.resident import Peak, resident
@@ -38,6 +39,8 @@ def test_a_whole_run(capsys: pytest.CaptureFixture[str]) -> None:
     norms = 5 * 64
     assert report["step_bytes"]["transformers float32"] == 4 * (floats + norms)
     assert floats < report["step_bytes"]["trivium int8"] < 1.5 * floats
+    assert report["kernels"]["transformers float32"] == "torch cpu"
+    assert report["kernels"]["trivium int8"].startswith(("native", "torch cpu"))
     assert report["read_limit_gb_per_s"] > 0
     data_console().print(table(report))
     assert "transformers float32" in capsys.readouterr().out
@@ -102,6 +105,8 @@ def test_nothing_is_taken_again_beyond_the_budget(monkeypatch: pytest.MonkeyPatc
         ({"shape": "7b"}, "expected one of 0.5b, 1.1b"),
         ({"contestants": ("vllm",)}, "--contestants vllm"),
         ({"rounds": 0}, "at least 1"),
+        ({"device": "tpu"}, "--device tpu: expected cpu or cuda"),
+        ({"device": "cuda"}, "--contestants llama.cpp BF16: runs on the CPU here, not on cuda"),
     ],
 )
 def test_refusals(arguments: dict[str, Any], message: str) -> None:
@@ -120,6 +125,7 @@ from trivium.bench.inference_worker import serve
 
 class Dying:
     step_bytes = 1000
+    kernels = "none"
 
     def __init__(self, folder, form, threads, way):
         if form == "BF16":
@@ -157,6 +163,69 @@ def dying(
     monkeypatch.setattr("trivium.bench.inference.read_limit", read_limit)
     bench = InferenceBench(shape="tiny", rounds=2, batches=(1,), prefill=prefill, contestants=names, budget_s=budget_s)
     return run(bench, "the command", say)
+
+
+ON_A_GPU = """
+from trivium.bench.inference_worker import serve
+
+class There:
+    def __init__(self, folder, form, threads, way):
+        self.step_bytes = 10**9 if way == "cuda" else 1
+        self.kernels = "torch cuda, decode steps not captured: int8 matrices"
+
+    def decode(self, batch, context, steps):
+        return [0.002] * steps
+
+    def prefill(self, tokens):
+        return 2.0
+
+serve(There)
+"""
+
+
+def test_on_cuda_shares_are_of_its_copies(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A whole run with everything replaced that needs a GPU."""
+    (tmp_path / "contestant_there.py").write_text(ON_A_GPU)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setitem(inference_process.MODULES, "trivium", "contestant_there")
+    monkeypatch.setattr("trivium.bench.inference.write_folder", lambda shape, folder: 1000)
+    monkeypatch.setattr("trivium.bench.inference.copy_limit", lambda: 1000.0)
+    monkeypatch.setattr("trivium.bench.inference.describe", lambda device: {"gpu": f"the {device} card"})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    bench = InferenceBench(shape="tiny", rounds=1, contestants=("trivium bfloat16",), device="cuda")
+    said: list[str] = []
+    report = run(bench, "the command", said.append)
+    assert report["step_bytes"] == {"trivium bfloat16": 10**9}
+    told = "torch cuda, decode steps not captured: int8 matrices"  # what it says, not what its device could do
+    assert report["kernels"] == {"trivium bfloat16": told} and report["machine"]["kernels"] == "kernels: torch"
+    assert any(words.startswith("trivium bfloat16: loaded in") and words.endswith(told) for words in said)
+    assert "round 1 of 1: copy bandwidth 1000.0 GB/s" in said
+    assert lines(report) == ["trivium bfloat16: 50% of the copy bandwidth"]
+    data_console().print(table(report))
+    shown = capsys.readouterr().out
+    assert "tiny, the cuda card, tokens/s" in shown and "of 1000.0 GB/s" in shown
+
+
+def test_copies_are_counted_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 9.0, 0.0, 2.0, 0.0, 0.5, *[0.0, 4.0] * 3])  # the first one, which warms up, does not count
+    monkeypatch.setattr("trivium.bench.inference.time.perf_counter", lambda: next(ticks))
+    assert copy_limit(10**6, device="cpu") == pytest.approx(2 * 10**6 / 0.5 / 1e9)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_cuda_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(SetupError, match="sees no CUDA GPU"):
+        run(InferenceBench(shape="tiny", contestants=("trivium bfloat16",), device="cuda"), "", print)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
+def test_a_whole_run_on_cuda() -> None:
+    bench = InferenceBench(shape="tiny", rounds=1, steps=2, contestants=ON_CUDA, device="cuda", budget_s=0.0)
+    report = run(bench, "the command", print)
+    assert report["absent"] == {} and set(report["summary"]) == set(ON_CUDA)
+    assert all(entries["decode 1"]["share_of_read_limit"] > 0 for entries in report["summary"].values())
 
 
 def test_who_dies_by_a_signal_runs_the_second_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

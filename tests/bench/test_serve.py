@@ -13,6 +13,7 @@ import pytest
 
 from trivium.base.errors import ConfigError
 from trivium.bench import serve_model_rows as small
+from trivium.bench.serve import ServeBench
 from trivium.bench.serve_client import Sample, Target
 from trivium.bench.serve_model import write
 from trivium.bench.serve_plot import plot_promises
@@ -80,20 +81,35 @@ def test_rows_of_http_alone(tmp_path: Path) -> None:
     assert (tmp_path / "p.svg").read_text().startswith("<?xml")
 
 
+def test_a_share_of_nothing_is_not_measured() -> None:
+    assert (small.share(1.0, 4.0), small.share(0.0, 4.0), small.share(1.0, 0.0)) == (0.25, 0.0, None)
+
+
 def test_rows_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small, "LOADS", ((1, 2), (4, 8), (8, 16)))
     folder = tmp_path / "small"
     assert 5e6 < write(folder) < 10e6
     work = Target(url="", model="small", prompt_words=6, max_tokens=8)
-    texts, rate = small.offline(LLM(folder, memory="128MiB", threads=1), work)
-    assert len(texts) == 26 and rate > 0
+    texts = small.offline(LLM(folder, memory="128MiB", threads=1), work)
+    assert len(texts) == 26
     with started(str(folder), ["--threads=1", "--memory=128MiB"]) as server:
         asked = Target(url=server.url, model="small", prompt_words=6, max_tokens=8)
         assert list(kept(asyncio.run(_through(small.cold_start(server, asked))))) == ["first token after s"]
-        row, loads = asyncio.run(_through(small.concurrency(server, asked, texts, rate)))
+        none = ServeBench(first_ms=1e-6)
+        row, loads = asyncio.run(_through(small.concurrency(server, asked, texts, none)))
+        assert [load["goodput_per_s"] for load in loads] == [0, 0, 0]
         assert kept(row)["texts that differ from generate's"]
         assert [load["ok"] for load in loads] == [2, 8, 16]
-        row, load = asyncio.run(_through(small.overload(server, asked, 1.0, 64)))
+        row, load = asyncio.run(
+            _through(small.overload(server, asked, 1.0, ServeBench(first_ms=60_000, gap_ms=60_000), 64))
+        )
+        goodput, whole = row.promises[0], row.also["whole answers per second, of the peak's"]
+        assert goodput.what == "goodput (first token in 60000 ms, then 60000 ms a token), of the peak's"
+        assert goodput.measured == pytest.approx(whole, abs=1e-3)  # where none is too late the two are one
+        row, _ = asyncio.run(_through(small.overload(server, asked, 1.0, none, 64)))
+        assert row.told()["promises"][0]["measured"] is None and not row.promises[0].kept
+        assert row.also["whole answers per second, of the peak's"] > 0
+        row, load = asyncio.run(_through(small.overload(server, asked, 1.0, ServeBench(), 64)))
         assert kept(row)["failed"] and kept(row)["longest queue"]
         assert sum(row.also["by_second"]["answered"]) == load["ok"]
         row = asyncio.run(_through(small.cancels(server, asked, 64)))

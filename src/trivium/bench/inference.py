@@ -1,8 +1,8 @@
 """Generation side by side: decode and prefill of Trivium and its rivals on the same weights, interleaved.
 
 DeepSpeed Inference section 3.1: generation is bound by the weights' bytes, so each figure stands beside the share of
-the memory's read limit, measured in the same round. Every contestant is a process of its own, idle while others run;
-one that dies is named with its last words, and what it had measured stays.
+the memory's read limit (on a GPU: of its copy bandwidth), measured in the same round. Every contestant is a process of
+its own, idle while others run; one that dies is named with its last words, and what it had measured stays.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from trivium.base.errors import ConfigError
+from trivium.base.errors import ConfigError, SetupError
 from trivium.bench.inference_process import SECOND_WAYS, ContestantDied, Worker
 from trivium.bench.inference_shapes import SHAPES, write_folder
 from trivium.bench.machine import describe
@@ -42,6 +42,7 @@ CONTESTANTS: dict[str, float] = {
     "OpenVINO int8": 1.5,
     "OpenVINO int4": 1.0,
 }
+ON_CUDA = ("trivium bfloat16", "transformers bfloat16")  # unless others are named that run there
 T = TypeVar("T")
 
 SPARE_BYTES = 2 << 30  # what a process takes beside its weights, with room for loading them
@@ -54,7 +55,7 @@ class InferenceBench:
     A figure during which more than `stolen.LITTLE` of the cores was taken away is taken again, ``tries`` times in all;
     the one that lost least counts. ``context``: tokens that all sequences of a batch hold together, at least 8 each.
     No round begins that would not end within ``budget_s`` seconds of the start, except the first, and nothing is taken
-    again after them.
+    again after them. ``device`` "cuda": Trivium and transformers alone.
     """
 
     shape: str = "0.5b"
@@ -67,13 +68,18 @@ class InferenceBench:
     prefill: int = 512
     tries: int = 8
     budget_s: float = 330.0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
             raise ConfigError(f"--shape {self.shape}: expected one of {', '.join(SHAPES)}")
+        if self.device not in ("cpu", "cuda"):
+            raise ConfigError(f"--device {self.device}: expected cpu or cuda")
         for name in self.contestants:
             if name not in CONTESTANTS:
                 raise ConfigError(f"--contestants {name}: expected some of {', '.join(CONTESTANTS)}")
+            if self.device != "cpu" and name.partition(" ")[0] not in ("trivium", "transformers"):
+                raise ConfigError(f"--contestants {name}: runs on the CPU here, not on {self.device}")
         if min(self.rounds, self.steps, self.tries, self.threads, self.context, self.prefill, *self.batches) < 1:
             raise ConfigError("rounds, steps, tries, threads, batches, context and prefill must be at least 1")
 
@@ -91,14 +97,20 @@ def run(
     """The report: per contestant and round the seconds of a decode step per batch and of a prefill; medians and shares.
 
     ``keep`` is handed the report so far after every round.
+
+    Raises:
+        SetupError: the device is not there.
     """
+    if bench.device == "cuda" and not torch.cuda.is_available():
+        raise SetupError("--device cuda: torch sees no CUDA GPU here")
     started = time.monotonic()
-    machine = {**describe("cpu"), "kernels": registry.explain()}
+    kernels = registry.explain() if bench.device == "cpu" else "kernels: torch"
+    machine = {**describe(bench.device), "kernels": kernels}
     rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="trivium-bench-") as folder:
         say(f"{bench.shape}: writing random weights")
         parameters = write_folder(bench.shape, Path(folder))
-        say(registry.explain())
+        say(kernels)
         field = Field(bench, Path(folder), parameters, say, until_s=started + bench.budget_s)
         try:
             while len(rounds) < bench.rounds:
@@ -108,6 +120,7 @@ def run(
                     "command": command,
                     "machine": {**machine, "load_after": round(os.getloadavg()[0], 2)},
                     "shape": {"name": bench.shape, **SHAPES[bench.shape], "parameters": parameters},
+                    "device": bench.device,
                     "threads": bench.threads,
                     "context": {str(batch): bench.context_of(batch) for batch in bench.batches},
                     "prefill": bench.prefill,
@@ -136,15 +149,22 @@ class Field:
         self._bench, self._folder, self._say, self._until_s = bench, folder, say, until_s
         self._need = {name: int(CONTESTANTS[name] * parameters) + SPARE_BYTES for name in bench.contestants}
         self._loaded: dict[str, Worker] = {}
+        self._usual = "cuda" if bench.device == "cuda" else ""
         self._ways: dict[str, str] = {}
         self._notes: dict[str, str] = {}
         self._absent: dict[str, str] = {}
         self.step_bytes: dict[str, int] = {}
+        self._kernels: dict[str, str] = {}
         self.loading_s = 0.0
 
     def report(self) -> dict[str, Any]:
-        """Who is absent and why, what else is to be known, and bytes per step."""
-        return {"absent": self._absent, "notes": self._notes, "step_bytes": self.step_bytes}
+        """Who is absent and why, what else is to be known, what computed in each, and bytes per step."""
+        return {
+            "absent": self._absent,
+            "notes": self._notes,
+            "kernels": self._kernels,
+            "step_bytes": self.step_bytes,
+        }
 
     def repeated(self, measure: Callable[[], T]) -> tuple[T, float]:
         """What was measured when least was stolen, and the share; taken again as often as the bench may."""
@@ -180,7 +200,7 @@ class Field:
         while self._loaded and psutil.virtual_memory().available < self._need[name]:
             self._loaded.pop(max(self._loaded, key=lambda other: self._need[other])).close()
         begun = time.monotonic()
-        worker = Worker(name, self._folder, self._bench.threads, way=self._ways.get(name, ""))
+        worker = Worker(name, self._folder, self._bench.threads, way=self._ways.get(name, self._usual))
         taken = time.monotonic() - begun
         self.loading_s += taken
         if "error" in worker.ready:
@@ -188,7 +208,8 @@ class Field:
             raise NotImplementedError(worker.ready["error"])
         self._loaded[name] = worker
         self.step_bytes[name] = worker.ready["step_bytes"]
-        self._say(f"{name}: loaded in {taken:.0f} s")
+        self._kernels[name] = worker.ready["kernels"]
+        self._say(f"{name}: loaded in {taken:.0f} s; {self._kernels[name]}")
         return worker
 
     def close(self) -> None:
@@ -198,7 +219,7 @@ class Field:
 
 
 def _round(bench: InferenceBench, field: Field, number: int, say: Callable[[str], None]) -> dict[str, Any]:
-    limit, share = field.repeated(lambda: read_limit(bench.threads))
+    limit, share = field.repeated(lambda: copy_limit() if bench.device == "cuda" else read_limit(bench.threads))
     found: dict[str, Any] = {"read_limit_gb_per_s": limit, "seconds": {}, "stolen": {"read limit": round(share, 3)}}
     questions: dict[str, dict[str, Any]] = {
         f"decode {batch}": {"do": "decode", "batch": batch, "context": bench.context_of(batch), "steps": bench.steps}
@@ -209,7 +230,8 @@ def _round(bench: InferenceBench, field: Field, number: int, say: Callable[[str]
         if times := field.turn(name, questions):
             found["seconds"][name] = {workload: seconds for workload, (seconds, _) in times.items()}
             found["stolen"][name] = {workload: round(share, 3) for workload, (_, share) in times.items()}
-    say(f"round {number + 1} of {bench.rounds}: read limit {found['read_limit_gb_per_s']:.1f} GB/s")
+    what = "copy bandwidth" if bench.device == "cuda" else "read limit"
+    say(f"round {number + 1} of {bench.rounds}: {what} {found['read_limit_gb_per_s']:.1f} GB/s")
     return found
 
 
@@ -227,6 +249,23 @@ def read_limit(threads: int, size_bytes: int = 512 << 20) -> float:
     finally:
         torch.set_num_threads(before)
     return size_bytes / min(times) / 1e9
+
+
+def copy_limit(size_bytes: int = 2 << 30, device: str = "cuda") -> float:
+    """GB/s, read and written together, at which ``device`` copies its own memory: the best of five."""
+    source = torch.ones(size_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    del source, target
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the contestants are other processes
+    return 2 * size_bytes / min(times[1:]) / 1e9
 
 
 def undisturbed(rounds: list[dict[str, Any]], workload: str, names: Iterable[str]) -> list[dict[str, Any]]:

@@ -37,13 +37,17 @@ class Ours:
             folder,
             dtype="bfloat16" if quantised else form,  # type: ignore[arg-type]
             quantize=form if quantised else None,  # type: ignore[arg-type]
-            memory="8GiB",
+            device="cuda" if way == "cuda" else "cpu",
+            memory=None if way == "cuda" else "8GiB",
             threads=threads,
+            max_sequences=16 if way == "cuda" else 64,  # beside others on one GPU, so no cache for more
+            max_positions=1024 if way == "cuda" else None,
             step_tokens=2048,
             prefix_cache=False,
         )
         self._numbers = itertools.count()
         self.step_bytes = step_bytes(self._llm.model.program)
+        self.kernels = self._llm.engine.executor.name
 
     def _add(self, tokens: int, count: int) -> None:
         number = next(self._numbers)

@@ -29,6 +29,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 5632,
         "max_position_embeddings": 2048,
     },
+    "8b": _LLAMA
+    | {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 2048,
+    },
     "gpt2": {
         "model_type": "gpt2",
         "n_embd": 768,

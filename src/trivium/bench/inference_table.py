@@ -35,7 +35,8 @@ def table(report: dict[str, Any]) -> Table:
     """tokens/s per contestant and workload, and the share of the read limit at batch 1."""
     summary = report["summary"]
     workloads = list(dict.fromkeys(workload for entries in summary.values() for workload in entries))
-    made = Table(title=f"{report['shape']['name']}, {report['threads']} threads, tokens/s")
+    where = f"{report['threads']} threads" if report.get("device", "cpu") == "cpu" else report["machine"]["gpu"]
+    made = Table(title=f"{report['shape']['name']}, {where}, tokens/s")
     made.add_column("")
     for workload in workloads:
         made.add_column(workload, justify="right")
@@ -62,6 +63,12 @@ def lines(report: dict[str, Any]) -> list[str]:
 def targets(report: dict[str, Any]) -> list[str]:
     """A line per aim that this report can tell of: the median over rounds of the ratio within a round."""
     lines = []
+    if report.get("device") == "cuda":  # no aims there: what was reached
+        return [
+            f"{name}: {entries['decode 1']['share_of_read_limit']:.0%} of the copy bandwidth"
+            for name, entries in report["summary"].items()
+            if "decode 1" in entries
+        ]
     aims = (*TARGETS, ON_GPT2) if report["shape"]["name"] == "gpt2" else TARGETS
     for ours, workload, others, aim in aims:
         both = [r for r in report["rounds"] if _told(r, workload, [ours]) and _told(r, workload, others)]

@@ -10,9 +10,11 @@ from typing import Any, Protocol
 
 
 class Contestant(Protocol):
-    """A loaded model that can be timed. ``step_bytes``: of the weights that one token's step reads."""
+    """A loaded model that can be timed. ``step_bytes``: of the weights that one token's step reads. ``kernels``: what
+    computes, in its own words."""
 
     step_bytes: int
+    kernels: str
 
     def decode(self, batch: int, context: int, steps: int) -> list[float]:
         """Seconds of each of ``steps`` steps of ``batch`` sequences that each hold ``context`` tokens before."""
@@ -22,7 +24,10 @@ class Contestant(Protocol):
 
 
 def serve(make: Callable[[str, str, int, str], Contestant]) -> None:
-    """Build the contestant from the arguments (folder, form, threads, way), then answer until standard input ends."""
+    """Build the contestant from the arguments (folder, form, threads, way), then answer until standard input ends.
+
+    ``way``: empty, "cuda" for who runs there, or one of `inference_process.SECOND_WAYS`.
+    """
     folder, form, threads, way = sys.argv[1:5]
     answers = sys.stdout
     sys.stdout = sys.stderr  # libraries may print
@@ -34,7 +39,7 @@ def serve(make: Callable[[str, str, int, str], Contestant]) -> None:
     except NotImplementedError as error:
         _say(answers, {"error": str(error)})
         return
-    _say(answers, {"step_bytes": contestant.step_bytes})
+    _say(answers, {"step_bytes": contestant.step_bytes, "kernels": contestant.kernels})
     for line in sys.stdin:
         question = json.loads(line)
         if question["do"] == "decode":

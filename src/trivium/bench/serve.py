@@ -34,7 +34,7 @@ class ServeBench:
     rates: Sequence[float] = ()
     requests: int = 64
     duration_s: float = 20.0
-    first_ms: float = 1000.0
+    first_ms: float = 2000.0
     gap_ms: float = 100.0
 
     def __post_init__(self) -> None:

@@ -57,9 +57,6 @@ def plot_promises(report: Mapping[str, Any], path: Path) -> None:
     if closed:
         under_way = [str(load["offered"]) for load in closed]
         throughput.bar(under_way, [load["tokens_per_s"] for load in closed], color=_BLUE, width=0.6)
-        engine = rows["1, 16, 64 under way"]["also"]["engine_tokens_per_s"]
-        throughput.axhline(engine, color="#555555", linestyle="--", linewidth=1)
-        throughput.annotate("the engine alone, 64 at once", (-0.4, engine), fontsize=8, va="bottom")
     throughput.set(xlabel="requests under way", ylabel="tokens per second")
     if "4× overload" in rows:
         seconds = rows["4× overload"]["also"]["by_second"]

@@ -42,12 +42,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Promises:
-    """Which rows, and how long the two that are about endurance."""
+    """Which rows, how long the two that are about endurance, and by which times goodput is counted."""
 
     only: Sequence[str] = ROWS
     overload_s: float = 60.0
     soak_requests: int = 10_000
     soak_s: float = 0.0
+    first_ms: float = ServeBench.first_ms
+    gap_ms: float = ServeBench.gap_ms
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.only if name not in ROWS]
@@ -61,7 +63,7 @@ def run(promises: Promises, command: str, say: Callable[[str], object]) -> dict[
     """Every row in turn; the report. Raises SetupError where a server does not start."""
     report: dict[str, Any] = {"command": command, "machine": describe("cpu"), "rows": [], "loads": []}
     report["workload"] = {"prompt_words": Target(url="", model="").prompt_words, "max_tokens": _TOKENS, "model": _NAME}
-    report["promises"] = {"first_ms": ServeBench().first_ms, "gap_ms": ServeBench().gap_ms}
+    report["promises"] = {"first_ms": promises.first_ms, "gap_ms": promises.gap_ms}
 
     def note(row: Row) -> None:
         report["rows"].append(row.told())
@@ -89,20 +91,20 @@ def _with_model(promises: Promises, folder: Path, report: dict[str, Any], note: 
     report["workload"]["parameters"] = write(folder)
     work = Target(url="", model=_NAME, prompt_words=8, max_tokens=_TOKENS)
     report["workload"]["prompt_words"] = work.prompt_words
+    bench = ServeBench(first_ms=promises.first_ms, gap_ms=promises.gap_ms)
     texts: dict[int, str] = {}
-    rate = 0.0
     if "concurrency" in promises.only:
-        texts, rate = small.offline(LLM(folder), work)
+        texts = small.offline(LLM(folder), work)
     with started(str(folder)) as server:
         asked = Target(url=server.url, model=_NAME, prompt_words=work.prompt_words, max_tokens=_TOKENS)
         if "cold-start" in promises.only:
             note(asyncio.run(_through(small.cold_start(server, asked))))
         if "concurrency" in promises.only:
-            row, loads = asyncio.run(_through(small.concurrency(server, asked, texts, rate)))
+            row, loads = asyncio.run(_through(small.concurrency(server, asked, texts, bench)))
             report["loads"] += loads
             note(row)
         if "overload" in promises.only:
-            row, load = asyncio.run(_through(small.overload(server, asked, promises.overload_s)))
+            row, load = asyncio.run(_through(small.overload(server, asked, promises.overload_s, bench)))
             report["loads"].append(load)
             note(row)
         if "cancels" in promises.only:

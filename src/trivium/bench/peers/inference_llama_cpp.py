@@ -89,6 +89,7 @@ class LlamaCpp:
         if not known.exists():
             known.write_text(str(write_gguf(Path(folder), form, path)))
         self.step_bytes = int(known.read_text())
+        self.kernels = f"llama.cpp of llama-cpp-python {llama_cpp.__version__}"
         self._lib: Any = llama_cpp
         self._silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
         llama_cpp.llama_log_set(self._silent, ctypes.c_void_p(0))

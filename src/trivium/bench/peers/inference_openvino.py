@@ -197,6 +197,7 @@ class OpenVino:
         graph = Graph(Path(folder), form)
         model = graph.build()
         self.step_bytes = graph.step_bytes
+        self.kernels = f"OpenVINO {openvino.__version__}"
         self._vocabulary = graph.config["vocab_size"]
         core = openvino.Core()
         settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}

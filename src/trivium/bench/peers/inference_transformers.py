@@ -17,6 +17,9 @@ class Transformers:
 
         torch.set_num_threads(threads)
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, form)).eval()
+        self._device = "cuda" if way == "cuda" else "cpu"
+        self._model.to(self._device)
+        self.kernels = f"torch {self._device}"
         embedding = self._model.get_input_embeddings().weight
         total = sum(p.nbytes for p in self._model.parameters())
         tied = self._model.get_output_embeddings().weight is embedding
@@ -28,13 +31,14 @@ class Transformers:
     @torch.inference_mode()
     def decode(self, batch: int, context: int, steps: int) -> list[float]:
         """See `inference_worker.Contestant`."""
-        ids = torch.randint(0, self._model.config.vocab_size, (batch, context))
+        ids = torch.randint(0, self._model.config.vocab_size, (batch, context), device=self._device)
         out = self._model(ids, use_cache=True, logits_to_keep=1)
         times = []
         for step in range(steps + 1):
             start = time.perf_counter()
             token = out.logits[:, -1].argmax(dim=1, keepdim=True)
             out = self._model(token, past_key_values=out.past_key_values, use_cache=True)
+            self._wait()
             if step:
                 times.append(time.perf_counter() - start)
         return times
@@ -42,10 +46,15 @@ class Transformers:
     @torch.inference_mode()
     def prefill(self, tokens: int) -> float:
         """See `inference_worker.Contestant`."""
-        ids = torch.randint(0, self._model.config.vocab_size, (1, tokens))
+        ids = torch.randint(0, self._model.config.vocab_size, (1, tokens), device=self._device)
         start = time.perf_counter()
         self._model(ids, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(dim=1)
+        self._wait()
         return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self._device == "cuda":
+            torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
