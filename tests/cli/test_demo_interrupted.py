@@ -25,7 +25,8 @@ def stop(number, frame):
 signal.signal(signal.SIGINT, stop)
 print("ready", file=sys.stderr, flush=True)
 open(sys.argv[1] + ".ready", "w").close()
-time.sleep(600)
+while True:  # short sleeps: one that begins just as the signal comes is not broken off by it
+    time.sleep(0.1)
 """
 PARENT = """
 import os, signal, subprocess, sys, time
@@ -110,7 +111,7 @@ class _Ended:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def communicate(self) -> tuple[str, str]:
+    def communicate(self, timeout: float) -> tuple[str, str]:
         return "", ""
 
     def send_signal(self, number: int) -> None:

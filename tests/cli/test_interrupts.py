@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import trivium
-from trivium.cli.interrupts import interrupts_held
+from trivium.cli.interrupts import ended, handed_on, interrupts_held
 
 
 def test_an_interrupt_waits_and_then_comes_though_the_block_swallows_what_it_can() -> None:
@@ -100,3 +101,26 @@ def test_on_another_thread_the_block_just_runs() -> None:
     thread.start()
     thread.join()
     assert ran == [True]
+
+
+@pytest.mark.parametrize("pipe", [subprocess.PIPE, None], ids=["read", "shown"])
+def test_a_signal_that_does_not_break_the_wait_off_is_handed_on_all_the_same(pipe: int | None) -> None:
+    """Taken by another thread it leaves the main thread's wait alone, as one does that comes just before the wait."""
+    heeded: list[int] = []
+    with handed_on(signal.SIGINT) as hand:
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=pipe, text=True)
+
+        def send(number: int) -> None:
+            heeded.append(number)
+            process.kill()
+
+        def take() -> None:
+            time.sleep(0.3)  # the main thread waits by now
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+        hand.to(send)
+        thread = threading.Thread(target=take)
+        thread.start()
+        assert ended(process) == ("" if pipe else None, None)
+        thread.join()
+    assert heeded == [signal.SIGINT] and process.returncode == -signal.SIGKILL

@@ -25,7 +25,7 @@ from rich.console import Console
 from trivium.base.errors import ConfigError, TriviumError
 from trivium.base.units import format_bytes, format_count
 from trivium.cli import demo_ask, demo_experts, demo_runs, launching
-from trivium.cli.interrupts import handed_on
+from trivium.cli.interrupts import ended, handed_on
 from trivium.cli.output import data_console, fitted
 
 KILLED_AT, SAVED_EVERY = 16, 8
@@ -272,7 +272,7 @@ def _call(
         subprocess.Popen(command, env=env, stdout=stdout, stderr=stderr, text=True) as process,
     ):
         hand.to(process.send_signal)
-        out, err = process.communicate()
+        out, err = ended(process)
     if hand.first or process.returncode == INTERRUPTED:
         raise KeyboardInterrupt
     return subprocess.CompletedProcess(command, process.returncode, out, err)

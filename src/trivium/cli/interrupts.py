@@ -7,10 +7,14 @@ would leave that process behind.
 from __future__ import annotations
 
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
+
+_WAIT_S = 0.5  # a handler runs this late at most when its signal comes just as a wait begins
 
 
 @contextmanager
@@ -69,3 +73,16 @@ def handed_on(*numbers: int) -> Iterator[HandedOn]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def ended(process: subprocess.Popen[Any]) -> tuple[Any, Any]:
+    """Wait for ``process``; what it wrote to its pipes, as ``communicate`` gives it.
+
+    In short waits: one without end would not be broken off by a signal that comes between the interpreter's last look
+    for signals and the system's wait, and its handler would run only once the process had ended by itself.
+    """
+    while True:
+        try:
+            return process.communicate(timeout=_WAIT_S)
+        except subprocess.TimeoutExpired:
+            continue

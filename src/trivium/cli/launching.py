@@ -26,7 +26,7 @@ import psutil
 
 from trivium.base.errors import RankError, TriviumError
 from trivium.base.log import get
-from trivium.cli.interrupts import handed_on
+from trivium.cli.interrupts import ended, handed_on
 from trivium.dist.launch import read_world
 
 _NOISE = re.compile(
@@ -118,7 +118,7 @@ def launch(verb: str, arguments: Sequence[str], ranks: int) -> tuple[int, Any]:
                 words = _Words()
                 reader = threading.Thread(target=words.copy, args=(pipe.fileno(),), daemon=True)
                 reader.start()
-                process.wait()
+                ended(process)
             reader.join(timeout=5)
         return _conclude(process.returncode, read_notes(folder), words, ranks, hand.first)
 
