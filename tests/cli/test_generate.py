@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pty
@@ -11,7 +12,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -20,7 +23,9 @@ from tests.inference.folders import folder, tokenizer_json
 from tests.inference.reference import reference, save
 from tests.inference.zoo import CASES
 from tests.worlds import child_environment
+from trivium.cli import generate as verb
 from trivium.cli import main as frame
+from trivium.inference import SamplingParams
 
 QUICK = ["--backend", "torch", "--max-tokens", "6"]
 
@@ -289,6 +294,44 @@ def test_a_terminal_gets_the_text_as_it_comes_and_no_control_characters(model: s
     assert process.wait(60) == 0, words
     assert "ended by length" in words
     assert not shown.startswith(b"{") and not any(byte < 32 and byte not in b"\r\n\t" for byte in shown)
+
+
+def test_each_piece_is_shown_before_the_next_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    class Slow:
+        tokenizer = object()
+
+        def stream(self, prompt: object, params: object) -> Iterator[SimpleNamespace]:
+            for text, reason in (("one", None), (" two", None), (" three", "length")):
+                yield SimpleNamespace(token_ids=[1], text=text, finish_reason=reason, error=None)
+                assert capsys.readouterr().out == text
+
+    verb._stream(Slow(), "x", SamplingParams())  # type: ignore[arg-type]
+    assert "3 tokens, first after" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_tells_of_prompts_speed_and_the_time_left(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    """Every word of it comes from the engine's counts and the clock, which goes 1 s on with each look here."""
+    clock = itertools.count()
+    monkeypatch.setattr(verb, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr(verb, "_WORD_EVERY_S", 0.0)
+    llm = SimpleNamespace(stats=SimpleNamespace(generated_tokens=0))
+    progress = verb._Progress(llm, 3)  # type: ignore[arg-type]
+    progress._terminal = terminal
+    for _ in range(3):
+        llm.stats.generated_tokens += 10
+        progress.done()
+    progress.end(failed=1)
+    told = [
+        "1 of 3 prompts, 10.0 tokens/s, 1 s, 2 s left",
+        "2 of 3 prompts, 10.0 tokens/s, 2 s, 1 s left",
+        "3 of 3 prompts, 10.0 tokens/s, 3 s",
+    ]
+    last = "3 of 3 prompts, 7.5 tokens/s, 4 s, 1 failed\n"
+    expected = "".join(f"\r{line}\x1b[K" for line in told) + "\r\x1b[K" + last
+    assert capsys.readouterr().err == (expected if terminal else "\n".join([*told, last]))
 
 
 def test_c13_ctrl_c_while_answering(model: str, tmp_path: Path) -> None:

@@ -79,7 +79,11 @@ class Runner:
         return self.greedy_batch([prompt], count)[0]
 
     def greedy_batch(self, prompts: list[list[int]], count: int) -> list[list[int]]:
-        """The same for several prompts in one batch: prefills side by side, then one token of each per step."""
+        """The same for several prompts in one batch."""
+        return self.greedy_logits(prompts, count).argmax(2).T.tolist()
+
+    def greedy_logits(self, prompts: list[list[int]], count: int) -> torch.Tensor:
+        """[count, R, V] of R prompts in one batch: prefills side by side, then the likeliest token of each per step."""
         blocks = [-(-(len(prompt) + count) // BLOCK) for prompt in prompts]
         tables = torch.full((len(prompts), max(blocks)), -1, dtype=torch.int32)
         first = 0
@@ -87,8 +91,8 @@ class Runner:
             tables[row, :number] = torch.arange(first, first + number, dtype=torch.int32)
             first += number
         caches = empty_caches(self.loaded, first)
-        texts = [list(prompt) for prompt in prompts]
-        pieces, starts = texts, [0] * len(prompts)
+        pieces, starts = prompts, [0] * len(prompts)
+        found = []
         for _ in range(count):
             sizes = torch.tensor([len(piece) for piece in pieces])
             out = self.executor.run(
@@ -103,10 +107,10 @@ class Runner:
                 ),
                 caches,
             )
-            starts = [len(text) for text in texts]
-            pieces = [[int(token)] for token in out.logits.argmax(1)]
-            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
-        return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+            found.append(out.logits)
+            starts = [start + len(piece) for start, piece in zip(starts, pieces, strict=True)]
+            pieces = out.logits.argmax(1)[:, None].tolist()
+        return torch.stack(found)
 
 
 def empty_caches(loaded: weights.LoadedModel, blocks: int) -> list[Cache]:

@@ -10,6 +10,7 @@ import torch
 
 import trivium as tv
 from tests.inference.reference import Runner, relative_error
+from tests.kernels.steps import routing_of
 from trivium.base import config as configs
 from trivium.base.errors import CheckpointError
 from trivium.cli.main import run
@@ -69,8 +70,8 @@ def test_trainer_and_server_agree(name: str, tmp_path: Path) -> None:
     theirs, ours = expected.log_softmax(-1), out.logits.log_softmax(-1)
     assert float((ours - theirs).abs().max()) < 1e-4
     layers = [number for number, experts in enumerate(SHAPES[name].num_experts) if experts]
-    assert len(out.routing) == len(layers) == len(record.aux)
-    for (experts, weight), number in zip(out.routing, layers, strict=True):
+    assert len(routing_of(out)) == len(layers) == len(record.aux)
+    for (experts, weight), number in zip(routing_of(out), layers, strict=True):
         routing = record.aux[number].routing
         assert torch.equal(experts.long(), routing.experts_TK)
         torch.testing.assert_close(weight, routing.weights_TK, rtol=1e-4, atol=1e-5)
@@ -82,11 +83,11 @@ def test_replayed_routing(tmp_path: Path) -> None:
     tokens = list(range(50))
     runner = Runner(weights.load(tmp_path), positions=128)
     free = runner.step(tokens, 0, tokens)
-    choice = tuple(experts for experts, _ in free.routing)
+    choice = tuple(experts for experts, _ in routing_of(free))
     assert torch.equal(runner.step(tokens, 0, tokens, routing=choice).logits, free.logits)
     other = tuple((experts + 1) % 5 for experts in choice)
     forced = runner.step(tokens, 0, tokens, routing=other)
-    assert all(torch.equal(experts, asked) for (experts, _), asked in zip(forced.routing, other, strict=True))
+    assert all(torch.equal(experts, asked) for (experts, _), asked in zip(routing_of(forced), other, strict=True))
     assert relative_error(forced.logits, free.logits) > 1e-2
     record = Record()
     with torch.no_grad():

@@ -293,3 +293,8 @@ def run(
     """The steps one after the other over one set of caches."""
     held = caches(program, dtype, block)
     return [executor.run(step, held) for step in steps]
+
+
+def routing_of(output: Output) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    """Per MoE layer experts and weights [T, K]; of a program without experts none."""
+    return () if output.routing is None else output.routing.by_layer()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.steps import FORMATS, NATIVE, batch_of, caches, close, decoder, grid, native, run
+from tests.kernels.steps import FORMATS, NATIVE, batch_of, caches, close, decoder, grid, native, routing_of, run
 from trivium.kernels import registry
 from trivium.kernels.matrix import Format
 from trivium.kernels.program import Program
@@ -75,7 +75,7 @@ def test_a_whole_step_against_the_reference(variant: str, format: Format, group:
         got = run(native(panels, variant, 2), panels, step)[0]
         close(got.logits, wanted.logits, 2e-5)
         close(got.hidden, wanted.hidden, 2e-5)
-        for (experts, weights), (their_experts, their_weights) in zip(got.routing, wanted.routing, strict=True):
+        for (experts, weights), (their_experts, their_weights) in zip(routing_of(got), routing_of(wanted), strict=True):
             assert torch.equal(experts, their_experts)
             close(weights, their_weights, 2e-5)
 
@@ -91,8 +91,8 @@ def test_the_reference_and_the_kernels_replay_routing(variant: str) -> None:
     got = run(native(panels, variant), panels, replayed)[0]
     wanted = run(registry.executor(plain, backend="torch"), plain, replayed)[0]
     close(got.logits, wanted.logits, 2e-5)
-    assert torch.equal(got.routing[0][0], forced)
+    assert torch.equal(routing_of(got)[0][0], forced)
     free = run(native(panels, variant), panels, step)[0]
     assert not torch.equal(free.logits, got.logits)
-    again = run(native(panels, variant), panels, replace(step, routing=tuple(r[0] for r in free.routing)))[0]
+    again = run(native(panels, variant), panels, replace(step, routing=tuple(r[0] for r in routing_of(free))))[0]
     assert torch.equal(again.logits, free.logits)

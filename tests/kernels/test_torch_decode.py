@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.captures import DEVICES, TOLERANCE, CapturableOnly, Recorder, captured, moved, steps_of
-from tests.kernels.steps import BLOCK, INT, caches, close, decoder, matrix, rows_batch, vector
+from tests.kernels.steps import BLOCK, INT, caches, close, decoder, matrix, routing_of, rows_batch, vector
 from tests.kernels.test_native_attention import KINDS, attention
 from trivium.kernels import registry, torch_decode
 from trivium.kernels.matrix import Format, pack, unpack
@@ -38,7 +38,7 @@ def compare(
         wanted, got = reference.run(step, theirs), executor.run(step, mine)
         close(got.logits.cpu(), wanted.logits, tolerance)
         close(got.hidden.cpu(), wanted.hidden, tolerance)
-        for (experts, weights), (their_experts, their_weights) in zip(got.routing, wanted.routing, strict=True):
+        for (experts, weights), (their_experts, their_weights) in zip(routing_of(got), routing_of(wanted), strict=True):
             assert experts.device.type == "cpu" and torch.equal(experts, their_experts)
             close(weights, their_weights, tolerance)
     if dtype == torch.float32:

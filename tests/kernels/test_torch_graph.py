@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.kernels.captures import BLOCKS, DEVICES, TOLERANCE, captured, moved, steps_of
-from tests.kernels.steps import BLOCK, INT, caches, close, decoder
+from tests.kernels.steps import BLOCK, INT, caches, close, decoder, routing_of
 from trivium.base.errors import ConfigError
 from trivium.kernels import registry, torch_graph
 from trivium.kernels.batch import DecodeCheck
@@ -127,7 +127,7 @@ def test_routing_leaves_the_device_in_two_copies(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.Tensor, "to", told)
     got = executor.run(decode(3), held)
     assert len(copies) == 2
-    for (experts, weights), (their_experts, their_weights) in zip(got.routing, wanted.routing, strict=True):
+    for (experts, weights), (their_experts, their_weights) in zip(routing_of(got), routing_of(wanted), strict=True):
         assert experts.dtype == INT and torch.equal(experts, their_experts)
         close(weights, their_weights, TOLERANCE)
 
@@ -138,10 +138,10 @@ def test_results_outlive_the_next_replay(device: str) -> None:
     executor, _ = captured(program, device)
     held = zeros(program, device)
     first = executor.run(decode(3), held)
-    kept = first.logits.clone(), first.hidden.clone(), [experts.clone() for experts, _ in first.routing]
+    kept = first.logits.clone(), first.hidden.clone(), [experts.clone() for experts, _ in routing_of(first)]
     executor.run(decode(3, first=20), held)
     assert torch.equal(first.logits, kept[0]) and torch.equal(first.hidden, kept[1])
-    assert all(torch.equal(a, b) for (a, _), b in zip(first.routing, kept[2], strict=True))
+    assert all(torch.equal(a, b) for (a, _), b in zip(routing_of(first), kept[2], strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)

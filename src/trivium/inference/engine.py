@@ -356,9 +356,8 @@ class Engine:
         elif request.collect == "routing":
             skip = rows.position - piece.start
             span = slice(rows.token + skip, rows.token + piece.count)
-            choice.routing.append(
-                tuple((experts[span].cpu(), weights[span].cpu()) for experts, weights in output.routing)
-            )
+            layers = () if output.routing is None else output.routing.by_layer()
+            choice.routing.append(tuple((experts[span], weights[span]) for experts, weights in layers))
         if choice.prompt_logprobs is not None and request.params.prompt_logprobs is not None:
             targets = piece.sequence.tokens[
                 rows.position + 1 : min(rows.position + rows.count + 1, piece.sequence.num_prompt)

@@ -232,7 +232,8 @@ class LLM:
 
         Raises:
             RequestError: requests are being answered.
-            CheckpointError: an unknown name, another shape, or a part of a fused weight without the rest.
+            CheckpointError: an unknown name, another shape, whole numbers for floats, or a part of a fused weight
+                without the rest.
         """
         used = 0
 

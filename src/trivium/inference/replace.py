@@ -26,8 +26,8 @@ def replace_weights(model: LoadedModel, weights: Weights) -> int:
     named stay; a tied head's second name is skipped.
 
     Raises:
-        CheckpointError: an unknown name or another shape; a fused weight of which only some parts came. What came
-            before it has been replaced, and the message says so.
+        CheckpointError: an unknown name, another shape, or whole numbers for floats; a fused weight of which only some
+            parts came. What came before it has been replaced, and the message says so.
     """
     ignored = {
         one.head for one in (TRIVIUM, *KNOWN) if model.architecture.tied and one.name == model.architecture.family
@@ -80,6 +80,8 @@ def _cut(stored: str, tensor: torch.Tensor, part: Part) -> torch.Tensor:
     shape = part.shape(tuple(tensor.shape))
     if shape is None:
         raise CheckpointError(f"weight {stored!r} has shape {list(tensor.shape)}, which {part} cannot be taken from")
+    if not tensor.dtype.is_floating_point:
+        raise CheckpointError(f"weight {stored!r} is {str(tensor.dtype).removeprefix('torch.')}, expected floats")
     whole = tensor.detach().to("cpu")
     return part.take(whole if part.expert is None else whole[part.expert])
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from trivium.inference.scheduler import Scheduler
+from trivium.kernels.program import StepRouting
+
+_UNCOUNTED_STEPS = 64  # and, held beside these, as many tokens of one step at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +49,23 @@ class Counters:
         self.drafted_tokens = 0
         self.accepted_tokens = 0
         self.finished = {"stop": 0, "length": 0, "abort": 0, "error": 0}
-        self._per_expert = tuple(torch.zeros(count, dtype=torch.int64) for count in num_experts)
+        none = [torch.zeros(count, dtype=torch.int64) for count in num_experts]
+        # What was counted, and the steps after it: replaced together, for other threads look at both.
+        self._routed: tuple[list[torch.Tensor], list[StepRouting]] = none, []
 
-    def route(self, routing: tuple[tuple[torch.Tensor, torch.Tensor], ...]) -> None:
-        """Count a step's choices of experts, layer by layer."""
-        for counts, (experts, _) in zip(self._per_expert, routing, strict=False):
-            counts += torch.bincount(experts.flatten().cpu(), minlength=len(counts))
+    def route(self, routing: StepRouting | None) -> None:
+        """Take a step's choices of experts, which are counted once they are many: a step has no time for it."""
+        if routing is None or not self.num_experts:
+            return
+        counted, uncounted = self._routed
+        uncounted.append(routing)
+        if len(uncounted) >= _UNCOUNTED_STEPS or routing.tokens >= _UNCOUNTED_STEPS:
+            self._routed = _counted(counted, uncounted), []
 
     def snapshot(self, scheduler: Scheduler) -> EngineStats:
         """The counts with the scheduler's."""
         pool = scheduler.pool
+        counted, uncounted = self._routed
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -71,5 +81,16 @@ class Counters:
             drafted_tokens=self.drafted_tokens,
             accepted_tokens=self.accepted_tokens,
             finished=dict(self.finished),
-            tokens_per_expert=tuple(tuple(counts.tolist()) for counts in self._per_expert),
+            tokens_per_expert=tuple(tuple(layer.tolist()) for layer in _counted(counted, list(uncounted))),
         )
+
+
+def _counted(counts: list[torch.Tensor], steps: list[StepRouting]) -> list[torch.Tensor]:
+    """``counts`` of each layer's experts and those of ``steps``, in new memory."""
+    if not steps:
+        return counts
+    layers = zip(*(step.by_layer() for step in steps), strict=True)
+    return [
+        before + torch.bincount(torch.cat([experts.flatten() for experts, _ in layer]), minlength=len(before))
+        for before, layer in zip(counts, layers, strict=True)
+    ]

@@ -16,9 +16,9 @@ import torch
 from trivium.base.errors import CapacityError, ConfigError, SetupError
 from trivium.kernels.batch import check, check_cache
 from trivium.kernels.draws import Draws, Sampler, Tokens, check_numbers, check_types, columns
-from trivium.kernels.native_abi import STRUCTS, CBatch, CCache, CDraws, CRouting
-from trivium.kernels.native_program import Bound, routing_layers
-from trivium.kernels.program import Batch, Cache, Output, Program
+from trivium.kernels.native_abi import STRUCTS, CBatch, CCache, CDraws
+from trivium.kernels.native_program import Bound
+from trivium.kernels.program import Batch, Cache, Output, Program, StepRouting
 
 _CACHES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 3}
 _NO_THREADS = "the native kernels could not start their threads; allow more, or ask for fewer"
@@ -58,7 +58,7 @@ class NativeExecutor:
         self._variant = variant
         self._library = library
         self._bound = Bound(program, threads)
-        self._layers = routing_layers(program)
+        self._top_k = program.top_k
         self._known: tuple[Cache, ...] = ()
         self._caches: C.Array[CCache] = (CCache * 1)()
         self._handle = library.trivium_bind(C.byref(self._bound.struct))
@@ -90,16 +90,10 @@ class NativeExecutor:
         hidden = torch.empty(rows, self._program.hidden.width)
         if batch.routing is not None:
             check(self._program, batch, caches)
-        routing = tuple(
-            (torch.empty(tokens, op.gate.top_k, dtype=torch.int32), torch.empty(tokens, op.gate.top_k))
-            for op in self._layers
-        )
-        tables = (CRouting * max(1, len(routing)))()
+        routing = self._empty_routing(tokens)
         # Held until the call returns: copies of tensors that were not contiguous.
         replay = [chosen.contiguous() for chosen in batch.routing or ()]
-        for layer, (experts, weights) in enumerate(routing):
-            replayed = replay[layer].data_ptr() if replay else None
-            tables[layer] = CRouting(replayed, experts.data_ptr(), weights.data_ptr())
+        tables = self._routing_tables(routing, [chosen.data_ptr() for chosen in replay])
         names = ("token_ids", "positions", "sequences", "block_tables", "output_rows")
         tensors = [getattr(batch, name).contiguous() for name in names]
         struct = CBatch(
@@ -108,7 +102,7 @@ class NativeExecutor:
             *batch.block_tables.shape,
             rows,
             C.addressof(self._caches),
-            C.addressof(tables),
+            tables.buffer_info()[0],
             logits.data_ptr(),
             hidden.data_ptr(),
         )
@@ -164,6 +158,23 @@ class NativeExecutor:
             raise SetupError(_NO_THREADS)
         tops = [top[most * place : most * place + max(0, wanted)].tolist() for place, wanted in enumerate(draws.tops)]
         return Tokens(token=token.tolist(), best=best.tolist(), left=left.tolist(), whole=whole.tolist(), top=tops)
+
+    def _empty_routing(self, tokens: int) -> StepRouting | None:
+        if not self._top_k:
+            return None
+        count = tokens * sum(self._top_k)
+        experts, weights = torch.empty(count, dtype=torch.int32), torch.empty(count)
+        return StepRouting(experts=experts, weights=weights, top_k=self._top_k, rows=tokens, tokens=tokens)
+
+    def _routing_tables(self, routing: StepRouting | None, replay: list[int]) -> array[int]:
+        """A `CRouting` per MoE layer: three addresses each."""
+        found = array("q")
+        if routing is not None:
+            experts, weights = routing.experts.data_ptr(), routing.weights.data_ptr()
+            for layer, top_k in enumerate(self._top_k):
+                found.extend((replay[layer] if replay else 0, experts, weights))
+                experts, weights = experts + 4 * routing.rows * top_k, weights + 4 * routing.rows * top_k
+        return found
 
     def _bind_caches(self, batch: Batch, caches: Sequence[Cache]) -> None:
         if len(caches) != len(self._program.caches):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes as C
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -289,9 +289,3 @@ class Bound:
 
     def _rows(self, to: COperation, op: ops.Rows) -> None:
         to.x, to.out = self._span(op.x), self._span(op.out, op.x.width)
-
-
-def routing_layers(program: ops.Program) -> Sequence[ops.Experts]:
-    """The program's MoE operations, by layer."""
-    found = {op.layer: op for op in program.operations if isinstance(op, ops.Experts)}
-    return [found[layer] for layer in sorted(found)]

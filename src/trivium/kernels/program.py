@@ -247,6 +247,12 @@ class Program:
     hidden: Span
     num_moe_layers: int = 0
 
+    @property
+    def top_k(self) -> tuple[int, ...]:
+        """How many experts each MoE layer chooses per token."""
+        layers = {op.layer: op.gate.top_k for op in self.operations if isinstance(op, Experts)}
+        return tuple(layers[layer] for layer in sorted(layers))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -278,14 +284,36 @@ class Cache:
     value_scales: torch.Tensor | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRouting:
+    """A step's choices of experts on the CPU: int32 experts and fp32 weights, one MoE layer after the other in one row.
+
+    Each layer has ``rows`` times its ``top_k`` numbers, of which the first ``tokens`` rows are the step's.
+    """
+
+    experts: torch.Tensor
+    weights: torch.Tensor
+    top_k: tuple[int, ...]
+    rows: int
+    tokens: int
+
+    def by_layer(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        """Per MoE layer experts and weights, both [T, K], in this memory."""
+        sizes = [self.rows * top_k for top_k in self.top_k]
+        return tuple(
+            (experts.view(self.rows, -1)[: self.tokens], weights.view(self.rows, -1)[: self.tokens])
+            for experts, weights in zip(torch.split(self.experts, sizes), torch.split(self.weights, sizes), strict=True)
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """logits fp32 [R, V]; hidden fp32 [R, dim]; routing per MoE layer: experts int32, weights fp32, both [T, K].
+    """logits fp32 [R, V]; hidden fp32 [R, dim]; routing: None in a program without experts.
 
     ``recorded``: the step was captured for later ones too, so that its time says nothing about theirs.
     """
 
     logits: torch.Tensor
     hidden: torch.Tensor
-    routing: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+    routing: StepRouting | None = None
     recorded: bool = False

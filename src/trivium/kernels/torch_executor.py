@@ -14,7 +14,7 @@ import torch
 
 from trivium.base import log
 from trivium.kernels.batch import check
-from trivium.kernels.program import Batch, Cache, Experts, Output, Program
+from trivium.kernels.program import Batch, Cache, Experts, Output, Program, StepRouting
 from trivium.kernels.torch_attention import attend
 from trivium.kernels.torch_decode import DecodeAttention
 from trivium.kernels.torch_experts import run_experts, run_stacked
@@ -44,6 +44,7 @@ class TorchExecutor:
         moved = capture is not None or self._device.type != "cpu"
         self._placed = place(program, self._device) if moved else Placed(program=program, stacks={}, pairs=())
         self._program = self._placed.program
+        self._top_k = program.top_k
         self._graphs: DecodeGraphs | None = None
         self._captured = ""
         if capture is not None and (hindrance := self._hindrance()):
@@ -96,8 +97,15 @@ class TorchExecutor:
         return Output(
             logits=logits.clone(),
             hidden=hidden.clone(),
-            routing=tuple((experts.cpu(), weights.cpu()) for experts, weights in _by_layer(step)),
+            routing=self._routing(step),
         )
+
+    def _routing(self, step: Step) -> StepRouting | None:
+        found, tokens = _in_one_row(step), len(step.token_ids)
+        if found is None:
+            return None
+        experts, weights = (row.cpu() for row in found)
+        return StepRouting(experts=experts, weights=weights, top_k=self._top_k, rows=tokens, tokens=tokens)
 
     def _hindrance(self) -> str:
         """Why decode steps cannot be captured, or must not be: quantised products are hundreds of operations each."""
@@ -124,10 +132,12 @@ def decode(placed: Placed, inputs: torch.Tensor, caches: Sequence[Cache]) -> Com
         mix=mix,
     )
     logits, hidden = run_operations(placed.program, step)
-    layers = _by_layer(step)
-    rows = [torch.cat([part.flatten() for part in parts]) for parts in zip(*layers, strict=True)]
-    return Computed(logits=logits, hidden=hidden, routing=(rows[0], rows[1]) if rows else None)
+    return Computed(logits=logits, hidden=hidden, routing=_in_one_row(step))
 
 
-def _by_layer(step: Step) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [step.routing[layer] for layer in sorted(step.routing)]
+def _in_one_row(step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Experts and weights of all MoE layers, one after the other."""
+    if not step.routing:
+        return None
+    experts, weights = zip(*(step.routing[layer] for layer in sorted(step.routing)), strict=True)
+    return torch.cat([part.flatten() for part in experts]), torch.cat([part.flatten() for part in weights])

@@ -26,7 +26,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from trivium.kernels.batch import DecodeCheck
-from trivium.kernels.program import Batch, Cache, Experts, Output, Program
+from trivium.kernels.program import Batch, Cache, Output, Program, StepRouting
 
 LEAST_BLOCKS = 8
 MOST_BUCKETS = 32
@@ -132,8 +132,7 @@ class DecodeGraphs:
         self._check: DecodeCheck | None = None
         self._buckets: OrderedDict[tuple[int, int], _Bucket] = OrderedDict()
         self._recorded = 0
-        layers = {op.layer: op.gate.top_k for op in program.operations if isinstance(op, Experts)}
-        self._top_k = [layers[layer] for layer in sorted(layers)]
+        self._top_k = program.top_k
 
     def run(self, batch: Batch, caches: Sequence[Cache]) -> Output | None:
         """A decode step of at most ``max_sequences`` sequences, its results copies; None: it is another kind of step,
@@ -157,19 +156,18 @@ class DecodeGraphs:
         return Output(
             logits=found.logits[:count].clone(),
             hidden=found.hidden[:count].clone(),
-            routing=() if found.routing is None else self._by_layer(key[0], count, *found.routing),
+            routing=None if found.routing is None else self._routing(key[0], count, *found.routing),
             recorded=self._recorded > counted,
         )
 
-    def _by_layer(
-        self, sequences: int, count: int, *rows: torch.Tensor
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-        """Per MoE layer experts and weights [count, K] on the CPU, in memory of their own there too."""
-        sizes = [sequences * top_k for top_k in self._top_k]
-        experts, weights = (torch.split(row.to("cpu", copy=True), sizes) for row in rows)
-        return tuple(
-            (chosen.view(sequences, -1)[:count], shares.view(sequences, -1)[:count])
-            for chosen, shares in zip(experts, weights, strict=True)
+    def _routing(self, sequences: int, count: int, experts: torch.Tensor, weights: torch.Tensor) -> StepRouting:
+        """On the CPU, in memory of its own there too."""
+        return StepRouting(
+            experts=experts.to("cpu", copy=True),
+            weights=weights.to("cpu", copy=True),
+            top_k=self._top_k,
+            rows=sequences,
+            tokens=count,
         )
 
     def _filled(self, key: tuple[int, int], batch: Batch, count: int) -> _Bucket:
