@@ -31,6 +31,7 @@ _LEAST = np.float32(-LARGEST)
 _NOTHING_LEFT = "no token is allowed here: the constraint, the bans and the biases leave none"
 
 Row = npt.NDArray[np.float32]
+_UNREAD: Row = np.empty((0, 0), dtype=np.float32)
 
 
 class Drawer:
@@ -167,11 +168,12 @@ def _sample_at_once(logits_RV: torch.Tensor, draws: Sequence[Draw], at: Sequence
     """`sample` in one call of a kernel."""
     many = [wanted.drawer.params for wanted in draws]
     hot = [not params.greedy for params in many]
-    rows = logits_RV.numpy()
-    width = rows.shape[1]
+    width = logits_RV.shape[1]
     tops = [-1 if params.logprobs is None else min(params.logprobs, width) for params in many]
     changed = any(wanted.changed for wanted in draws)
     refused = [wanted.misfit(width) for wanted in draws]
+    # Only where they are read here too: after a step's weights went through the caches each of torch's calls is slow.
+    rows = logits_RV.numpy() if changed or max(tops) >= 0 else _UNREAD
     found = sampler.draw(
         logits_RV,
         Draws(

@@ -82,7 +82,7 @@ def columns(draws: Draws) -> list[array[int] | array[float]]:
 
 def check_types(logits: torch.Tensor, draws: Draws) -> None:
     """Types and lengths; the library checks the numbers. Raises as `Sampler.draw`."""
-    if logits.dtype != torch.float32 or logits.device.type != "cpu" or logits.dim() != 2 or not logits.is_contiguous():
+    if logits.dtype != torch.float32 or not logits.is_cpu or logits.ndim != 2 or not logits.is_contiguous():
         raise ConfigError(
             f"logits: expected contiguous float32 [R, V] on the CPU, got {logits.dtype} {list(logits.shape)} on "
             f"{logits.device}"
@@ -92,10 +92,7 @@ def check_types(logits: torch.Tensor, draws: Draws) -> None:
         raise ConfigError(f"draws.allowed and draws.edits: expected an entry for each of {count} draws")
     for mask in draws.allowed or ():
         if mask is not None and (
-            mask.dtype != torch.bool
-            or mask.shape != logits.shape[1:]
-            or mask.device.type != "cpu"
-            or not mask.is_contiguous()
+            mask.dtype != torch.bool or mask.shape != logits.shape[1:] or not mask.is_cpu or not mask.is_contiguous()
         ):
             raise ConfigError(
                 f"draws.allowed: expected contiguous bool [{logits.shape[1]}] on the CPU, got {mask.dtype} "
@@ -106,7 +103,7 @@ def check_types(logits: torch.Tensor, draws: Draws) -> None:
             edit[0].dtype != torch.int32
             or edit[1].dtype != torch.float32
             or edit[0].shape != edit[1].shape
-            or any(part.dim() != 1 or part.device.type != "cpu" for part in edit)
+            or any(part.ndim != 1 or not part.is_cpu for part in edit)
         ):
             raise ConfigError(
                 f"draws.edits: expected int32 ids [N] and as many float32 logits on the CPU, got {edit[0].dtype} "

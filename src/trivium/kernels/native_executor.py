@@ -209,7 +209,7 @@ def _check_vectors(batch: Batch) -> None:
         (batch.output_rows, 1),
         (batch.block_tables, 2),
     ):
-        if tensor.dtype != torch.int32 or tensor.dim() != dims or tensor.device.type != "cpu":
+        if tensor.dtype != torch.int32 or tensor.ndim != dims or not tensor.is_cpu:
             raise ConfigError(f"a batch's tensors are int32 on the CPU, got {tensor.dtype} {list(tensor.shape)}")
     if len(batch.positions) != tokens or len(batch.sequences) != tokens:
         raise ConfigError(f"{tokens} tokens, {len(batch.positions)} positions, {len(batch.sequences)} sequences")
