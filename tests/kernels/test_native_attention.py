@@ -10,7 +10,7 @@ import torch
 
 from tests.kernels.steps import NATIVE, batch_of, close, grid, native, run, vector
 from trivium.kernels import registry
-from trivium.kernels.program import Attend, CacheSpec, Embed, Program, Rows, Span
+from trivium.kernels.program import Attend, CacheSpec, Combine, Embed, Program, Rope, Rows, Span
 
 VOCABULARY = 50
 KINDS: dict[str, dict[str, Any]] = {
@@ -179,3 +179,49 @@ def test_blocks_behind_a_window_may_be_gone(variant: str, dtype: torch.dtype, wi
     kept = run(executor, program, whole, last, dtype=dtype)[1]
     freed = run(executor, program, whole, replace(last, block_tables=gone), dtype=dtype)[1]
     assert torch.equal(kept.logits, freed.logits)
+
+
+TURNS: dict[str, dict[str, Any]] = {
+    "whole heads": {"head_dim": 20, "columns": 20},
+    "some columns": {"head_dim": 21, "columns": 14, "first": 5},
+    "interleaved": {"head_dim": 40, "columns": 34, "interleaved": True},
+    "whole panels": {"head_dim": 64, "columns": 64},
+}
+
+
+def turned(*, head_dim: int, columns: int, kept: bool, **more: Any) -> Program:
+    """`attention` behind a rotation of its queries and keys; ``kept``: the turned queries are read again after it."""
+    plain = attention(head_dim=head_dim, value_dim=head_dim)
+    embed, attend, rows = plain.operations
+    assert isinstance(attend, Attend)
+    heads, queries = attend.heads + attend.kv_heads, attend.q.width
+    table = torch.rand(200, columns, generator=torch.Generator().manual_seed(3))
+    rope = Rope(x=Span(0, 0, heads * head_dim), heads=heads, head_dim=head_dim, table=table, **more)
+    keep = Combine(kind="scale", a=attend.q, out=Span(3, 0, queries))
+    return replace(
+        plain,
+        widths=(*plain.widths, queries, queries),
+        operations=(embed, rope, attend, *((keep, Rows(x=keep.out, out=Span(4, 0, queries))) if kept else ()), rows),
+        hidden=Span(4, 0, queries) if kept else plain.hidden,
+    )
+
+
+@pytest.mark.parametrize(("variant", "dtype", "kind"), grid([torch.float32, torch.bfloat16, torch.int8], list(TURNS)))
+def test_attention_turns_its_queries_and_keys_itself_where_nobody_else_reads_them(
+    variant: str, dtype: torch.dtype, kind: str
+) -> None:
+    """The same bits as from a rotation of its own; prompts of several blocks write all keys first."""
+    alone, among = turned(kept=True, **TURNS[kind]), turned(kept=False, **TURNS[kind])
+    steps = (
+        batch_of((0, 0, 70), (1, 0, 1), (2, 0, 33)),
+        batch_of((1, 1, 40), (0, 70, 1)),
+        batch_of((0, 71, 1), (1, 41, 1)),
+    )
+    wanted = run(registry.executor(alone, backend="torch"), alone, *steps, dtype=dtype)
+    for threads in (1, 2):
+        separate = run(native(alone, variant, threads), alone, *steps, dtype=dtype)
+        together = run(native(among, variant, threads), among, *steps, dtype=dtype)
+        for one, other, reference in zip(separate, together, wanted, strict=True):
+            assert torch.equal(one.logits, other.logits)
+            close(one.hidden, reference.hidden, 2e-6)
+            close(one.logits, reference.logits, 2e-6 if dtype == torch.float32 else 0.05)

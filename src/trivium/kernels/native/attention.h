@@ -140,6 +140,7 @@ struct AttendWork {
   }
   float* output(int p) const { return out + (int64_t)p * kQueryRows * kPanel; }
 
+  void write(int token, int kv_head, const int32_t* table) const;
   void run(const AttendItem& item, const int32_t* table);
   void soften(int row, int head, int64_t position, int64_t start);
   void finish(const AttendItem& item, int count);
@@ -205,9 +206,11 @@ inline void AttendWork::run(const AttendItem& item, const int32_t* table) {
   const Batch& batch = *turn.state.batch;
   const int tokens = item.end - item.begin, count = tokens * item.heads;
   for (int t = 0; t < tokens; t++)
-    for (int h = 0; h < item.heads; h++)
-      memcpy(queries + (t * item.heads + h) * op.head_dim,
-             turn.state.at(op.x, item.begin + t) + (int64_t)(item.first_head + h) * op.head_dim, (size_t)op.head_dim * 4);
+    for (int h = 0; h < item.heads; h++) {
+      float* query = queries + (t * item.heads + h) * op.head_dim;
+      memcpy(query, turn.state.at(op.x, item.begin + t) + (int64_t)(item.first_head + h) * op.head_dim, (size_t)op.head_dim * 4);
+      if (turn.plan.rotation) turn_head(*turn.plan.rotation, batch.positions[item.begin + t], query);
+    }
   for (int p = 0; p < panels; p++) memset(output(p), 0, (size_t)count * kPanel * 4);
   for (int r = 0; r < count; r++) {
     best[r] = -INFINITY;
@@ -250,11 +253,16 @@ inline void AttendWork::finish(const AttendItem& item, int count) {
   }
 }
 
-inline void write_cache(const Turn& turn, const Cache& cache, int token, int kv_head, const int32_t* table) {
-  const Operation& op = turn.op;
+// One token's key and value of one head into the cache.
+inline void AttendWork::write(int token, int kv_head, const int32_t* table) const {
   int64_t position = turn.state.batch->positions[token], block = table[position / cache.block_size];
   int64_t row = (block * op.kv_heads + kv_head) * cache.block_size + position % cache.block_size;
   const float* key = turn.state.at(op.y, token) + (int64_t)kv_head * op.head_dim;
+  if (turn.plan.rotation) {
+    memcpy(rows, key, (size_t)op.head_dim * 4);
+    turn_head(*turn.plan.rotation, position, rows);
+    key = rows;
+  }
   write_page_row(cache.keys, cache.key_scales, cache.format, row, op.head_dim, key);
   if (op.latent) return;
   const float* value = turn.state.at(op.z, token) + (int64_t)kv_head * op.value_dim;
@@ -269,6 +277,7 @@ inline void run_attend(const Turn& turn) {
   const int heads = share < kQueryRows ? share : kQueryRows;
   const int head_blocks = (share + heads - 1) / heads, block = kQueryRows / heads;
   auto table_of = [&](int token) { return batch.block_tables + (int64_t)batch.sequences[token] * batch.blocks_per_sequence; };
+  AttendWork work(turn, cache);
   // Where each (sequence, kv head) is one item, the item writes its own keys and values first; else all are written first.
   bool own = head_blocks == 1;
   for (const SequenceRun& run : turn.state.runs) own = own && run.end - run.begin <= block;
@@ -276,10 +285,9 @@ inline void run_attend(const Turn& turn) {
     int64_t begin, end;
     turn.share(batch.tokens * op.kv_heads, begin, end);
     for (int64_t i = begin; i < end; i++)
-      write_cache(turn, cache, (int)(i / op.kv_heads), (int)(i % op.kv_heads), table_of((int)(i / op.kv_heads)));
+      work.write((int)(i / op.kv_heads), (int)(i % op.kv_heads), table_of((int)(i / op.kv_heads)));
     turn.barrier();
   }
-  AttendWork work(turn, cache);
   const int per_block = op.kv_heads * head_blocks;
   auto blocks_of = [&](const SequenceRun& run) { return (run.end - run.begin + block - 1) / block; };
   int64_t total = 0;
@@ -300,7 +308,7 @@ inline void run_attend(const Turn& turn) {
     item.heads = share - first < heads ? share - first : heads;
     const int32_t* table = table_of(item.begin);
     if (own)
-      for (int t = item.begin; t < item.end; t++) write_cache(turn, cache, t, item.kv_head, table);
+      for (int t = item.begin; t < item.end; t++) work.write(t, item.kv_head, table);
     work.run(item, table);
   }
 }

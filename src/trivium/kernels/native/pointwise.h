@@ -105,33 +105,36 @@ inline void run_norm(const Turn& turn) {
   });
 }
 
+// Turns one head by a position's angles.
+inline void turn_head(const Operation& rope, int64_t position, float* head) {
+  const int half = rope.half;
+  const float* cosines = (const float*)rope.table + position * 2 * half;
+  const float* sines = cosines + half;
+  float* x = head + rope.first;
+  if (rope.interleaved) {
+    for (int i = 0; i < half; i++) {
+      float a = x[2 * i], b = x[2 * i + 1];
+      x[2 * i] = a * cosines[i] - b * sines[i];
+      x[2 * i + 1] = b * cosines[i] + a * sines[i];
+    }
+    return;
+  }
+  for (int i = 0; i < half; i += kLanes) {
+    vf a = load_at(x, i, half), b = load_at(x + half, i, half);
+    vf c = load_at(cosines, i, half), s = load_at(sines, i, half);
+    store_at(x, i, half, vsub(vmul(a, c), vmul(b, s)));
+    store_at(x + half, i, half, vadd(vmul(b, c), vmul(a, s)));
+  }
+}
+
 inline void run_rope(const Turn& turn) {
   const Operation& op = turn.op;
   const Batch& batch = *turn.state.batch;
   int64_t begin, end;
   turn.share(turn.rows(), begin, end);
-  const int half = op.half;
   for (int64_t t = begin; t < end; t++) {
-    const int32_t row = turn.plan.output_rows ? batch.output_rows[t] : (int32_t)t;
-    const float* cosines = (const float*)op.table + (int64_t)batch.positions[row] * 2 * half;
-    const float* sines = cosines + half;
-    for (int h = 0; h < op.heads; h++) {
-      float* x = turn.state.at(op.x, t) + h * op.head_dim + op.first;
-      if (op.interleaved) {
-        for (int i = 0; i < half; i++) {
-          float a = x[2 * i], b = x[2 * i + 1];
-          x[2 * i] = a * cosines[i] - b * sines[i];
-          x[2 * i + 1] = b * cosines[i] + a * sines[i];
-        }
-        continue;
-      }
-      for (int i = 0; i < half; i += kLanes) {
-        vf a = load_at(x, i, half), b = load_at(x + half, i, half);
-        vf c = load_at(cosines, i, half), s = load_at(sines, i, half);
-        store_at(x, i, half, vsub(vmul(a, c), vmul(b, s)));
-        store_at(x + half, i, half, vadd(vmul(b, c), vmul(a, s)));
-      }
-    }
+    const int64_t position = batch.positions[turn.plan.output_rows ? batch.output_rows[t] : t];
+    for (int h = 0; h < op.heads; h++) turn_head(op, position, turn.state.at(op.x, t) + h * op.head_dim);
   }
 }
 

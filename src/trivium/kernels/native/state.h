@@ -16,6 +16,8 @@ struct Plan {
   bool prepare = false;        // makes `prepared` from x before its products
   int prepared = -1;           // which of the program's prepared activations it reads, or writes (norm)
   bool output_rows = false;    // works on R rows, not T
+  bool elsewhere = false;      // the next operation does it too
+  const Operation* rotation = nullptr;  // attention turns its queries and keys itself
 };
 
 struct Preparation {

@@ -83,9 +83,15 @@ class Runner {
     std::vector<uint8_t> late(state_.widths.size());
     int current = -1;  // the prepared activations whose span nobody has written since
     plans_.resize(operations_.size());
+    for (size_t i = 0; i + 1 < operations_.size(); i++)
+      if (turned_by_attention(i)) {
+        plans_[i].elsewhere = true;
+        plans_[i + 1].rotation = &operations_[i];
+      }
     for (size_t i = 0; i < operations_.size(); i++) {
       const Operation& op = operations_[i];
       Plan& plan = plans_[i];
+      if (plan.elsewhere) continue;
       plan.output_rows = op.kind == kRows || (op.kind != kEmbed && late[op.x.reg]);
       std::vector<Span> reading, writing;
       spans(op, reading, writing);
@@ -131,6 +137,24 @@ class Runner {
       for (const Span& s : writing) late[s.reg] = plan.output_rows;
     }
     state_.prepared.resize(state_.preparations.size());
+  }
+  // Whether operation i turns just the queries and keys of the attention behind it, and nobody else reads these.
+  bool turned_by_attention(size_t i) const {
+    const Operation &rope = operations_[i], &attend = operations_[i + 1];
+    if (rope.kind != kRope || attend.kind != kAttend) return false;
+    const Span &q = attend.x, &k = attend.y, &turned = rope.x;
+    if (q.reg != turned.reg || k.reg != turned.reg || q.start != turned.start || k.start != q.start + q.width ||
+        q.width + k.width != turned.width || rope.head_dim != attend.head_dim)
+      return false;
+    if (meet(turned, logits_) || meet(turned, hidden_) || (attend.z.width && meet(turned, attend.z))) return false;
+    for (size_t j = i + 2; j < operations_.size(); j++) {
+      std::vector<Span> reading, writing;
+      spans(operations_[j], reading, writing);
+      if (meet_any(turned, reading)) return false;
+      for (const Span& s : writing)
+        if (s.reg == turned.reg && s.start <= turned.start && turned.start + turned.width <= s.start + s.width) return true;
+    }
+    return true;
   }
   static bool same(const Preparation& a, const Preparation& b) {
     return a.x.reg == b.x.reg && a.x.start == b.x.start && a.x.width == b.x.width && a.form == b.form && a.group == b.group &&
@@ -244,6 +268,7 @@ class Runner {
   void walk(int member) {
     for (size_t i = 0; i < operations_.size(); i++) {
       const Operation& op = operations_[i];
+      if (plans_[i].elsewhere) continue;
       if (plans_[i].barrier) team_->barrier();
       Turn turn{state_, op, plans_[i], member, state_.taken.get() + 2 * threads_ * i};
       switch (op.kind) {
