@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -296,22 +297,28 @@ def test_a_terminal_gets_the_text_as_it_comes_and_no_control_characters(model: s
     assert not shown.startswith(b"{") and not any(byte < 32 and byte not in b"\r\n\t" for byte in shown)
 
 
-def test_each_piece_is_shown_before_the_next_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_piece_is_written_before_the_next_is_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As into a pipe, whose writer would keep what is not flushed."""
+    pipe = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(pipe), encoding="utf-8"))  # type: ignore[arg-type,type-var]
+
     class Slow:
         tokenizer = object()
 
         def stream(self, prompt: object, params: object) -> Iterator[SimpleNamespace]:
             for text, reason in (("one", None), (" two", None), (" three", "length")):
                 yield SimpleNamespace(token_ids=[1], text=text, finish_reason=reason, error=None)
-                assert capsys.readouterr().out == text
+                assert pipe.getvalue().endswith(text.encode())
 
     verb._stream(Slow(), "x", SamplingParams())  # type: ignore[arg-type]
-    assert "3 tokens, first after" in capsys.readouterr().err
+    assert pipe.getvalue() == b"one two three\n" and "3 tokens, first after" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_tells_of_prompts_speed_and_the_time_left(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
 ) -> None:
     """Every word of it comes from the engine's counts and the clock, which goes 1 s on with each look here."""
     clock = itertools.count()

@@ -108,7 +108,7 @@ def test_a_signal_that_does_not_break_the_wait_off_is_handed_on_all_the_same(pip
     """Taken by another thread it leaves the main thread's wait alone, as one does that comes just before the wait."""
     heeded: list[int] = []
     with handed_on(signal.SIGINT) as hand:
-        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=pipe, text=True)
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=pipe, text=True)
 
         def send(number: int) -> None:
             heeded.append(number)
@@ -118,9 +118,13 @@ def test_a_signal_that_does_not_break_the_wait_off_is_handed_on_all_the_same(pip
             time.sleep(0.3)  # the main thread waits by now
             signal.pthread_kill(threading.get_ident(), signal.SIGINT)
 
-        hand.to(send)
         thread = threading.Thread(target=take)
-        thread.start()
-        assert ended(process) == ("" if pipe else None, None)
-        thread.join()
+        try:
+            hand.to(send)
+            thread.start()
+            assert ended(process) == ("" if pipe else None, None)
+        finally:
+            process.kill()
+            process.communicate()
+            thread.join()
     assert heeded == [signal.SIGINT] and process.returncode == -signal.SIGKILL

@@ -225,8 +225,10 @@ def test_new_weights_in_place_drop_the_prefix_cache(make: Callable[..., LLM], mo
     name = next(name for name in after.state_dict() if "embed" in name)
     with pytest.raises(CheckpointError, match="new shape"):
         llm.load_weights([(name, torch.zeros(96, 31))])
-    with pytest.raises(CheckpointError, match="is int8, expected floats"):
-        llm.load_weights([(name, torch.zeros(96, 32, dtype=torch.int8))])
+    whole = (name, after.state_dict()[name])
+    for wrong, words in ((torch.zeros(96, 31), "new shape"), (torch.zeros(96, 32).char(), "is int8, expected floats")):
+        with pytest.raises(CheckpointError, match=f"{words}.*; 1 before it have been replaced already"):
+            llm.load_weights([whole, (name, wrong)])
     part = next(name for name in after.state_dict() if name.endswith(("q.weight", "wq.weight", "q_proj.weight")))
     with pytest.raises(CheckpointError, match="weights that are kept together came apart"):
         llm.load_weights([(part, after.state_dict()[part])])

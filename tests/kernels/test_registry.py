@@ -206,3 +206,10 @@ def test_threads_that_cannot_start_are_an_error_not_an_end() -> None:
         "the native kernels could not start their threads; allow more, or ask for fewer",
         "5",
     ], done.stderr
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
+def test_a_program_whose_layers_of_experts_have_gaps_is_refused(backend: str) -> None:
+    program = replace(decoder("float32", 0, "panels", moe=True), num_moe_layers=3)
+    with pytest.raises(ConfigError, match="3 MoE layers, its operations 2"):
+        registry.executor(program, backend=f"native:{backend}")

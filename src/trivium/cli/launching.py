@@ -160,8 +160,8 @@ def _conclude(returned: int, notes: Sequence[Note], words: _Words, ranks: int, s
     if sent:
         return 128 + sent, answer
     signals = words.signals()
-    ended = {rank for rank in silent if signals.get(rank) == signal.SIGTERM}  # by torchrun, once another was lost
-    for rank in sorted(set(silent) - ended) or silent:
+    torchruns = {rank for rank in silent if signals.get(rank) == signal.SIGTERM}  # by torchrun, once another was lost
+    for rank in sorted(set(silent) - torchruns) or silent:
         how = f"killed by signal {signals[rank]}" if rank in signals else "without a word"
         why = "; signal 9 is often the kernel's, when memory runs out" if signals.get(rank) == 9 else ""
         get().error("the cause was rank %d, which ended %s%s", rank, how, why)

@@ -47,16 +47,19 @@ def replace_weights(model: LoadedModel, weights: Weights) -> int:
             continue
         if stored not in by_stored:
             raise CheckpointError(f"weight {stored!r} is not one of {model.name}'s{_partly(used)}")
-        for name, part in by_stored[stored]:
-            arrived[name] = _cut(stored, tensor, part)
-            wanted[name] = len(users.get(name, ()))
-            for slot in users.get(name, ()):
-                if all(piece in arrived for piece in slot.pieces):
-                    _fill(slot, [arrived[piece] for piece in slot.pieces])
-                    for piece in slot.pieces:
-                        wanted[piece] -= 1
-            for piece in [piece for piece, count in wanted.items() if count == 0]:
-                del wanted[piece], arrived[piece]
+        try:
+            for name, part in by_stored[stored]:
+                arrived[name] = _cut(stored, tensor, part)
+                wanted[name] = len(users.get(name, ()))
+                for slot in users.get(name, ()):
+                    if all(piece in arrived for piece in slot.pieces):
+                        _fill(slot, [arrived[piece] for piece in slot.pieces])
+                        for piece in slot.pieces:
+                            wanted[piece] -= 1
+                for piece in [piece for piece, count in wanted.items() if count == 0]:
+                    del wanted[piece], arrived[piece]
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{_partly(used)}") from None
         used += 1
     if arrived:
         missing = sorted(
@@ -73,7 +76,7 @@ def replace_weights(model: LoadedModel, weights: Weights) -> int:
 
 
 def _partly(used: int) -> str:
-    return f"; {used} others have been replaced already: give a whole set before the next request" if used else ""
+    return f"; {used} before it have been replaced already: give a whole set before the next request" if used else ""
 
 
 def _cut(stored: str, tensor: torch.Tensor, part: Part) -> torch.Tensor:

@@ -173,7 +173,7 @@ def _sample_at_once(logits_RV: torch.Tensor, draws: Sequence[Draw], at: Sequence
     changed = any(wanted.changed for wanted in draws)
     refused = [wanted.misfit(width) for wanted in draws]
     # Only where they are read here too: after a step's weights went through the caches each of torch's calls is slow.
-    rows = logits_RV.numpy() if changed or max(tops) >= 0 else _UNREAD
+    rows = logits_RV.numpy() if changed or max(tops, default=-1) >= 0 else _UNREAD
     found = sampler.draw(
         logits_RV,
         Draws(

@@ -9,7 +9,7 @@ import torch
 from trivium.inference.scheduler import Scheduler
 from trivium.kernels.program import StepRouting
 
-_UNCOUNTED_STEPS = 64  # and, held beside these, as many tokens of one step at most
+_UNCOUNTED_STEPS = 64  # are held at most; a step of as many tokens is counted at once, with those before it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +86,15 @@ class Counters:
 
 
 def _counted(counts: list[torch.Tensor], steps: list[StepRouting]) -> list[torch.Tensor]:
-    """``counts`` of each layer's experts and those of ``steps``, in new memory."""
-    if not steps:
-        return counts
-    layers = zip(*(step.by_layer() for step in steps), strict=True)
-    return [
-        before + torch.bincount(torch.cat([experts.flatten() for experts, _ in layer]), minlength=len(before))
-        for before, layer in zip(counts, layers, strict=True)
-    ]
+    """``counts`` of each layer's experts and those of ``steps``, in new memory; steps of one size side by side."""
+    sizes: dict[tuple[int, int], list[StepRouting]] = {}
+    for step in steps:
+        sizes.setdefault((step.rows, step.tokens), []).append(step)
+    for (rows, tokens), alike in sizes.items():
+        top_k = alike[0].top_k
+        layers = torch.split(torch.stack([step.experts for step in alike]), [rows * k for k in top_k], dim=1)
+        counts = [
+            before + torch.bincount(chosen.reshape(-1, rows, k)[:, :tokens].flatten(), minlength=len(before))
+            for before, chosen, k in zip(counts, layers, top_k, strict=True)
+        ]
+    return counts

@@ -300,9 +300,10 @@ class StepRouting:
     def by_layer(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
         """Per MoE layer experts and weights, both [T, K], in this memory."""
         sizes = [self.rows * top_k for top_k in self.top_k]
+        layers = zip(self.top_k, torch.split(self.experts, sizes), torch.split(self.weights, sizes), strict=True)
         return tuple(
-            (experts.view(self.rows, -1)[: self.tokens], weights.view(self.rows, -1)[: self.tokens])
-            for experts, weights in zip(torch.split(self.experts, sizes), torch.split(self.weights, sizes), strict=True)
+            (experts.view(self.rows, top_k)[: self.tokens], weights.view(self.rows, top_k)[: self.tokens])
+            for top_k, experts, weights in layers
         )
 
 
