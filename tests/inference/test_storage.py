@@ -192,6 +192,30 @@ def test_fp8_blocks(tmp_path: Path) -> None:
     assert weights.load(tmp_path).dtype is torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda name, tensors: tensors.update({name + "_scale_inv": torch.ones(3, 3)}), r"is \[3, 3\]: blocks of \["),
+        (lambda name, tensors: tensors.pop(name + "_scale_inv"), "has 8 bits per element and no _scale_inv beside it"),
+        (lambda name, tensors: tensors.pop(name), "belongs to a matrix .*, which is not there"),
+    ],
+    ids=["other blocks", "no scales", "scales alone"],
+)  # fmt: skip
+def test_fp8_scales_that_belong_to_nothing(spoil: Any, message: str, tmp_path: Path) -> None:
+    model = reference("Llama", LLAMA)
+    save(model, tmp_path)
+    told = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    rewrite(tmp_path, lambda tensors: fp8_change(tensors, model.state_dict(), (16, 16)), told)
+
+    def change(tensors: Tensors) -> Tensors:
+        spoil(next(name for name in tensors if name.endswith("down_proj.weight")), tensors)
+        return tensors
+
+    rewrite(tmp_path, change, told)
+    with pytest.raises(CheckpointError, match=f"down_proj.*{message}"):
+        weights.load(tmp_path)
+
+
 FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
 
 
@@ -251,6 +275,27 @@ def test_scales_that_are_none(kind: str, value: float, tmp_path: Path) -> None:
     told = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     rewrite(tmp_path, spoil, told)
     with pytest.raises(CheckpointError, match=r"down_proj\.(scales|weight_scale_inv): the scale at \[(0, 1|1, 0)\]"):
+        weights.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("_scales", lambda tensor: tensor[..., :-1].contiguous(), r"expected \[E, N, B, 16\] and \[E, N, B\]"),
+        ("_blocks", lambda tensor: tensor[..., :8].contiguous(), r"expected \[E, N, B, 16\] and \[E, N, B\]"),
+        ("_scales", lambda tensor: tensor.float(), "has torch.float32: expected torch.uint8"),
+    ],
+)
+def test_mxfp4_parts_that_do_not_fit(part: str, change: Any, message: str, tmp_path: Path) -> None:
+    mxfp4_pair(tmp_path)
+
+    def spoil(tensors: Tensors) -> Tensors:
+        name = next(name for name in tensors if name.endswith("down_proj" + part))
+        tensors[name] = change(tensors[name])
+        return tensors
+
+    rewrite(tmp_path, spoil, {"quant_method": "mxfp4"})
+    with pytest.raises(CheckpointError, match=f"down_proj.*{message}"):
         weights.load(tmp_path)
 
 
