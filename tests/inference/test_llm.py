@@ -227,10 +227,10 @@ def test_new_weights_in_place_drop_the_prefix_cache(make: Callable[..., LLM], mo
         llm.load_weights([(name, torch.zeros(96, 31))])
     whole = (name, after.state_dict()[name])
     for wrong, words in ((torch.zeros(96, 31), "new shape"), (torch.zeros(96, 32).char(), "is int8, expected floats")):
-        with pytest.raises(CheckpointError, match=f"{words}.*; 1 before it have been replaced already"):
+        with pytest.raises(CheckpointError, match=f"{words}.*; some weights have been replaced already"):
             llm.load_weights([whole, (name, wrong)])
     part = next(name for name in after.state_dict() if name.endswith(("q.weight", "wq.weight", "q_proj.weight")))
-    with pytest.raises(CheckpointError, match="weights that are kept together came apart"):
+    with pytest.raises(CheckpointError, match=r"weights that are kept together came apart: [^;]* did not come$"):
         llm.load_weights([(part, after.state_dict()[part])])
     done(llm)
 

@@ -15,7 +15,7 @@ from tests.kernels.steps import INT, NATIVE, batch_of, caches, decoder, matrix, 
 from trivium.base.errors import ConfigError, SetupError
 from trivium.kernels import build, registry
 from trivium.kernels.native_executor import open_library
-from trivium.kernels.program import Batch, Cache, Linear, Span
+from trivium.kernels.program import Batch, Cache, Experts, Linear, Span
 
 BACKENDS = ["torch", *NATIVE]
 
@@ -209,7 +209,11 @@ def test_threads_that_cannot_start_are_an_error_not_an_end() -> None:
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
-def test_a_program_whose_layers_of_experts_have_gaps_is_refused(backend: str) -> None:
-    program = replace(decoder("float32", 0, "panels", moe=True), num_moe_layers=3)
-    with pytest.raises(ConfigError, match="3 MoE layers, its operations 2"):
-        registry.executor(program, backend=f"native:{backend}")
+@pytest.mark.parametrize(("count", "moved"), [(3, {}), (3, {1: 2}), (1, {1: 0})], ids=["too few", "a gap", "one twice"])
+def test_layers_of_experts_that_do_not_add_up_are_refused(backend: str, count: int, moved: dict[int, int]) -> None:
+    program = decoder("float32", 0, "panels", moe=True)
+    operations = tuple(
+        replace(op, layer=moved.get(op.layer, op.layer)) if isinstance(op, Experts) else op for op in program.operations
+    )
+    with pytest.raises(ConfigError, match=f"{count} MoE layers, its operations are of"):
+        registry.executor(replace(program, operations=operations, num_moe_layers=count), backend=f"native:{backend}")

@@ -41,12 +41,12 @@ def replace_weights(model: LoadedModel, weights: Weights) -> int:
             users.setdefault(piece, []).append(slot)
     arrived: dict[str, torch.Tensor] = {}
     wanted: dict[str, int] = {}
-    used = 0
+    used = filled = 0
     for stored, tensor in weights:
         if stored in ignored and stored not in by_stored:
             continue
         if stored not in by_stored:
-            raise CheckpointError(f"weight {stored!r} is not one of {model.name}'s{_partly(used)}")
+            raise CheckpointError(f"weight {stored!r} is not one of {model.name}'s{_partly(filled)}")
         try:
             for name, part in by_stored[stored]:
                 arrived[name] = _cut(stored, tensor, part)
@@ -54,12 +54,13 @@ def replace_weights(model: LoadedModel, weights: Weights) -> int:
                 for slot in users.get(name, ()):
                     if all(piece in arrived for piece in slot.pieces):
                         _fill(slot, [arrived[piece] for piece in slot.pieces])
+                        filled += 1
                         for piece in slot.pieces:
                             wanted[piece] -= 1
                 for piece in [piece for piece, count in wanted.items() if count == 0]:
                     del wanted[piece], arrived[piece]
         except CheckpointError as error:
-            raise CheckpointError(f"{error}{_partly(used)}") from None
+            raise CheckpointError(f"{error}{_partly(filled)}") from None
         used += 1
     if arrived:
         missing = sorted(
@@ -70,13 +71,13 @@ def replace_weights(model: LoadedModel, weights: Weights) -> int:
             if piece not in arrived
         )
         raise CheckpointError(
-            f"weights that are kept together came apart: {', '.join(missing[:5])} did not come{_partly(used)}"
+            f"weights that are kept together came apart: {', '.join(missing[:5])} did not come{_partly(filled)}"
         )
     return used
 
 
-def _partly(used: int) -> str:
-    return f"; {used} before it have been replaced already: give a whole set before the next request" if used else ""
+def _partly(filled: int) -> str:
+    return "; some weights have been replaced already: give a whole set before the next request" if filled else ""
 
 
 def _cut(stored: str, tensor: torch.Tensor, part: Part) -> torch.Tensor:

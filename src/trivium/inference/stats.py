@@ -94,7 +94,7 @@ def _counted(counts: list[torch.Tensor], steps: list[StepRouting]) -> list[torch
         top_k = alike[0].top_k
         layers = torch.split(torch.stack([step.experts for step in alike]), [rows * k for k in top_k], dim=1)
         counts = [
-            before + torch.bincount(chosen.reshape(-1, rows, k)[:, :tokens].flatten(), minlength=len(before))
+            before + torch.bincount(chosen.reshape(len(alike), rows, k)[:, :tokens].flatten(), minlength=len(before))
             for before, chosen, k in zip(counts, layers, top_k, strict=True)
         ]
     return counts

@@ -57,8 +57,9 @@ class Bound:
                 self._one(operations[number], operation)
             except ConfigError as error:
                 raise ConfigError(f"operation {number} ({type(operation).__name__}): {error}") from None
-        if (found := len(program.top_k)) != program.num_moe_layers:
-            raise ConfigError(f"the program has {program.num_moe_layers} MoE layers, its operations {found}")
+        layers = sorted(op.layer for op in program.operations if isinstance(op, ops.Experts))
+        if layers != list(range(program.num_moe_layers)):
+            raise ConfigError(f"the program has {program.num_moe_layers} MoE layers, its operations are of {layers}")
         self._operations = operations
         self._caches = (CCacheSpec * max(1, len(program.caches)))(
             *(CCacheSpec(s.kv_heads, s.head_dim, s.value_dim, 0) for s in program.caches)

@@ -147,12 +147,17 @@ class Runner {
         q.width + k.width != turned.width || rope.head_dim != attend.head_dim)
       return false;
     if (meet(turned, logits_) || meet(turned, hidden_) || (attend.z.width && meet(turned, attend.z))) return false;
-    for (size_t j = i + 2; j < operations_.size(); j++) {
+    int32_t begin = turned.start, end = turned.start + turned.width;  // what nobody has written since
+    for (size_t j = i + 2; j < operations_.size() && begin < end; j++) {
       std::vector<Span> reading, writing;
       spans(operations_[j], reading, writing);
-      if (meet_any(turned, reading)) return false;
-      for (const Span& s : writing)
-        if (s.reg == turned.reg && s.start <= turned.start && turned.start + turned.width <= s.start + s.width) return true;
+      if (meet_any(Span{turned.reg, begin, end - begin}, reading)) return false;
+      if (operations_[j].kind == kHeadLinear) continue;  // it may leave gaps
+      for (const Span& s : writing) {
+        if (s.reg != turned.reg) continue;
+        if (s.start <= begin) begin = std::max(begin, s.start + s.width);
+        if (s.start + s.width >= end) end = std::min(end, s.start);
+      }
     }
     return true;
   }

@@ -72,8 +72,8 @@ TRV_INLINE vb vhigh4(vb a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _m
 TRV_INLINE vb vbset(int32_t x) { return _mm512_set1_epi32(x); }
 TRV_INLINE vi dot_w8(vi acc, vb w, vb x) { return _mm512_dpbusd_epi32(acc, w, x); }
 TRV_INLINE vi dot_w4(vi acc, vb w, vb x) { return _mm512_dpbusd_epi32(acc, w, x); }
-// [Note: which cache] Into the first cache where it was measured to be best, on Intel cores with AMX; into the second on
-// other cores with AVX-512: Zen 4 reads int8 weights half as fast again, and its own fetching takes them on from there.
+// [Note: which cache] What is fetched ahead goes into the first cache with AMX, as was best on an Intel core that has it, and
+// into the second without, as is best on Zen 4, the only such core that was measured (docs/log.md).
 #if defined(__AMX_TILE__)
 TRV_INLINE void vprefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 #else
