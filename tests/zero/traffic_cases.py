@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -198,36 +199,54 @@ def growth(mesh: Any, stage: int) -> tuple[int, int, bool]:
 
 @dataclass(frozen=True, kw_only=True)
 class Counted:
-    """One step of all ranks, in bytes: what the kernel counted on lo, in so many packets, what the ledgers say, and the
-    paper's 2Ψ(N-1), at stage 3 3Ψ(N-1), which is N times what the paper gives each rank."""
+    """One step of all ranks, in bytes: what the kernel counted on lo, in how many packets, and how many of them TCP sent
+    again; what the ledgers say, and the paper's 2Ψ(N-1), at stage 3 3Ψ(N-1), which is N times what it gives each rank.
+    """
 
     kernel: int
     packets: int
+    resent: int
     ledger: int
     paper: int
 
 
 def loopback(mesh: Any) -> list[dict[str, int]]:
-    """A `Counted` for each stage. Between two barriers nothing else sends: this process group is alone on its lo."""
-    found = []
+    """A `Counted` for each stage. Between two barriers nothing else sends: this process group is alone on its lo.
+
+    Of several steps the one counts in which TCP sent the fewest segments again: two processors hand loopback's packets
+    over in another order now and then, and where the machine stands still for a while TCP believes them lost.
+    """
     comm = mesh.comm("dp")
+    found = []
     for stage in range(4):
         model, optimizer = start(mesh, stage=stage)
         step(mesh, model, optimizer, 0)
-        comm.barrier()
-        before = psutil.net_io_counters(pernic=True)["lo"]
-        comm.barrier()
-        with mesh.ledger() as sent:
-            step(mesh, model, optimizer, 3)
-        comm.barrier()
-        after = psutil.net_io_counters(pernic=True)["lo"]
-        comm.barrier()
-        numel = sum(p.numel() for p in model.parameters())
-        counted = Counted(
-            kernel=after.bytes_sent - before.bytes_sent,
-            packets=after.packets_sent - before.packets_sent,
-            ledger=comm.all_reduce_ints([sent.bytes])[0],
-            paper=4 * numel * (3 if stage == 3 else 2) * (mesh.size - 1),
-        )
-        found.append(asdict(counted))
+        paper = 4 * sum(p.numel() for p in model.parameters()) * (3 if stage == 3 else 2) * (mesh.size - 1)
+        tries: list[Counted] = []
+        while len(tries) < 6 and all(one.resent for one in tries):
+            comm.barrier()
+            before, resent = psutil.net_io_counters(pernic=True)["lo"], _resent()
+            comm.barrier()
+            with mesh.ledger() as sent:
+                step(mesh, model, optimizer, 3)
+            comm.barrier()
+            after, resent = psutil.net_io_counters(pernic=True)["lo"], _resent() - resent
+            comm.barrier()
+            counted = Counted(
+                kernel=after.bytes_sent - before.bytes_sent,
+                packets=after.packets_sent - before.packets_sent,
+                resent=comm.all_reduce_ints([resent], "max")[0],
+                ledger=comm.all_reduce_ints([sent.bytes])[0],
+                paper=paper,
+            )
+            tries.append(counted)
+        found.append(asdict(min(tries, key=lambda one: one.resent)))
     return found
+
+
+def _resent() -> int:
+    """Segments that TCP has sent again in this process's network namespace."""
+    names, values = (
+        line.split() for line in Path("/proc/net/snmp").read_text().splitlines() if line.startswith("Tcp:")
+    )
+    return int(values[names.index("RetransSegs")])
