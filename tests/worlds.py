@@ -24,6 +24,7 @@ import ctypes
 import faulthandler
 import gc
 import importlib
+import itertools
 import os
 import pickle
 import random
@@ -439,11 +440,16 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that is free, below those that are given to whoever asks for any; each worker of the tests has a share."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = 20_000 + (worker * 2_000 + (os.getpid() + next(_PORTS)) % 2_000) % 12_000
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+
+
+_PORTS = itertools.count()
 
 
 def _die_with(parent: int) -> None:

@@ -25,7 +25,7 @@ def seeded(seed: int, build: Callable[[], Any]) -> Any:
 
 class _Room:
     def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=30)
+        self.barrier = threading.Barrier(size, timeout=240)
         self.slots: list[Any] = [None] * size
 
 

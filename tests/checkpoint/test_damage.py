@@ -178,7 +178,7 @@ def test_two_runs_in_one_folder_the_second_is_refused(tmp_path: Path) -> None:
     def holder() -> None:
         with commit.lock(tmp_path):
             os.write(write_end, b"x")
-            time.sleep(30)
+            time.sleep(600)
 
     pid = fork(holder)
     os.read(read_end, 1)

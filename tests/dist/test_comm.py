@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -77,12 +78,12 @@ def test_other_collectives_that_meet_are_named(world: Worlds) -> None:
     assert world(3).run("tests.dist.cases", "shard_in_place")[0] == [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
 
 
-def killed(how: str) -> tuple[list[subprocess.Popen[str]], list[str]]:
+def killed(how: str, folder: Path) -> tuple[list[subprocess.Popen[str]], list[str]]:
     """Three ranks of tests/dist/killed.py and what the first two said; no launcher, so that they have time to speak."""
     port = str(free_port())
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.dist.killed", how],
+            [sys.executable, "-m", "tests.dist.killed", how, str(folder)],
             cwd=ROOT,
             env=child_environment(
                 {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -103,9 +104,9 @@ def killed(how: str) -> tuple[list[subprocess.Popen[str]], list[str]]:
 
 
 @pytest.mark.parametrize("how", ["agree", "all_gather", "exchange"])
-def test_a_killed_rank_is_named_at_once(how: str) -> None:
+def test_a_killed_rank_is_named_at_once(how: str, tmp_path: Path) -> None:
     """T27 in one collective at a time."""
-    ranks, said = killed(how)
+    ranks, said = killed(how, tmp_path)
     assert [rank.returncode for rank in ranks] == [1, 1, -9]
     told = "\n".join(said)
     assert re.search(rf"rank 2 \(process {ranks[2].pid} on .*\) ended, which is the cause", told)
@@ -114,9 +115,9 @@ def test_a_killed_rank_is_named_at_once(how: str) -> None:
         assert float(re.findall(r"told after ([0-9.]+)", line)[0]) < 10
 
 
-def test_a_stopped_rank_is_named_after_the_timeout() -> None:
+def test_a_stopped_rank_is_named_after_the_timeout(tmp_path: Path) -> None:
     """T28: SIGSTOP, on a channel of an axis, whose groups must have the timeout too (8 s here)."""
-    ranks, said = killed("stop")
+    ranks, said = killed("stop", tmp_path)
     told = "\n".join(said)
     assert re.search(rf"rank 2 \(process {ranks[2].pid} on .*\) has been stopped", told)
     after = re.findall(r"told after ([0-9.]+) s \(([0-9.]+) s on the wall\)", told)

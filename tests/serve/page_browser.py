@@ -14,7 +14,7 @@ import pytest
 from tests.serve.page_server import Reply
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-LIMIT_MS = 15_000
+LIMIT_MS = 120_000
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def chromium() -> Iterator[Any]:
 
     with api.sync_playwright() as playwright:
         arguments = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
-        browser = playwright.chromium.launch(executable_path=binary, args=arguments, headless=True)
+        browser = playwright.chromium.launch(executable_path=binary, args=arguments, headless=True, timeout=LIMIT_MS)
         try:
             yield browser
         finally:

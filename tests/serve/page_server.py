@@ -21,6 +21,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 import trivium.serve
+from tests.worlds import free_port
 from trivium.serve.page import POLICY
 
 PAGE = Path(trivium.serve.__file__).parent / "page"
@@ -66,9 +67,7 @@ class PageServer:
     """The stub on one port of the loopback; its fields are the script and may be changed between requests."""
 
     def __init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         self.reset()
         self._server: _Killable | None = None
         self._thread: threading.Thread | None = None
