@@ -199,8 +199,9 @@ def growth(mesh: Any, stage: int) -> tuple[int, int, bool]:
 
 @dataclass(frozen=True, kw_only=True)
 class Counted:
-    """One step of all ranks, in bytes: what the kernel counted on lo, in how many packets, and how many of them TCP sent
-    again; what the ledgers say, and the paper's 2Ψ(N-1), at stage 3 3Ψ(N-1), which is N times what it gives each rank.
+    """One step of all ranks, in bytes: what the kernel counted on lo, in how many packets, and how many of these TCP
+    sent again; what the ledgers say, and the paper's 2Ψ(N-1), at stage 3 3Ψ(N-1), which is N times what
+    it gives each rank.
     """
 
     kernel: int
