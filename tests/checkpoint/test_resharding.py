@@ -110,7 +110,11 @@ def _random_cuts(draw: st.DrawFn, sizes: dict[str, int]) -> tuple[int, dict[str,
 SIZES = {name: parameter.numel() for name, parameter in make().named_parameters()}
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(writer=_random_cuts(SIZES), reader=_random_cuts(SIZES), unsharded=st.booleans(), seed=st.integers(0, 10**6))
 def test_random_cuts(
     tmp_path_factory: pytest.TempPathFactory, writer: Any, reader: Any, unsharded: bool, seed: int

@@ -253,10 +253,10 @@ def test_ctrl_c_stops_after_the_step_and_a_second_one_at_once(config: Path, star
 
     process = start(str(config), "--run", str(folder), fault="train.data:0:4:delay=600000")
     until((folder / "step-00000004" / "manifest.json").exists, process)
-    for _ in range(60):  # one within half a second of another is a launcher's copy, and several may be seen as one
+    for _ in range(200):  # one within half a second of another is a launcher's copy, and several may be seen as one
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(3)
+            process.wait(1)
         except subprocess.TimeoutExpired:
             continue
         break

@@ -130,6 +130,7 @@ def test_close_ends_a_request_that_is_just_being_handed_in() -> None:
 
 def test_a_broken_executor_ends_all_requests_with_an_error() -> None:
     toy = Slow()
+    toy.step_s = 0.05
     running = EngineThread(engine(toy))
     one, two = Box(), Box()
     running.submit(ask("a", [1], max_tokens=100), one)

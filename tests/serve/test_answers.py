@@ -15,7 +15,7 @@ import pytest
 from tests.serve.running import Running, user
 from tests.serve.stub import REPLY
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(150)
 WEATHER = {
     "type": "function",
     "function": {

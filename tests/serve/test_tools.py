@@ -14,7 +14,7 @@ from tests.serve.test_answers import CLOCK, WEATHER
 from trivium.serve.tool_reader import ToolReader
 from trivium.serve.tools import Dialect, dialect_of, plan_tools
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(150)
 PARAMETERS = 'with tools write {"name": the name, "parameters": {…}}'
 ARGUMENTS = '{{ tools }}{\\"name\\": \\"{{ c.name }}\\", \\"arguments\\": {{ c.arguments }}}'
 TEMPLATES = {  # by form: a template, and the id of the trigger's token where it is a control token

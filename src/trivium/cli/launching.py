@@ -62,6 +62,7 @@ def as_rank(folder: Path | None, work: Callable[[], tuple[int, Any]]) -> tuple[i
     try:
         code, answer = work()
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would end the process by the signal, without its code
         code, message = 130, "interrupted"
     except RankError as error:
         code, message, consequence = error.exit_code, str(error), True
