@@ -80,6 +80,10 @@ def test_a_report_becomes_a_table_and_a_picture(report: dict[str, Any], tmp_path
     rows = {line[:26].strip(): line.split()[-1] for line in page.getvalue().splitlines()[-12:] if line.strip()}
     assert rows["Trivium stage 3, loopback"] == rows["DDP"] == "2.00" and rows["Trivium stage 1"] == "(2.00)"
     assert "in brackets: by the ledger" in page.getvalue()
+    wired["contestants"]["trivium-3"]["delay"] = {"hidden": 0.5}
+    narrow = io.StringIO()
+    Console(file=narrow, width=80).print(table(wired))
+    assert "hidden" in narrow.getvalue() and "…" not in narrow.getvalue()
     plot(wired, tmp_path / "wired.svg")
     (line,) = targets(report)
     assert "target at most 1.03" in line

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 _NAMES = {"ddp": "DDP", "fsdp2": "FSDP2", "fsdp2-keep": "FSDP2 keep"}
@@ -30,7 +29,7 @@ def table(report: Mapping[str, Any]) -> Table:
         f"{work['ranks']} ranks × {work['threads_per_rank']} thread, {work['dtype']}"
     )
     everyone = report["contestants"]
-    built = Table(title=heading, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    built = Table(title=heading, title_justify="left", box=None, pad_edge=False)
     built.add_column("contestant", no_wrap=True)
     built.add_column("step", justify="right", no_wrap=True)
     bases = {base: label for base, label in _BASES.items() if base in everyone}
